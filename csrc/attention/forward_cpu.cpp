@@ -1,0 +1,1 @@
+namespace tw::TW_ISA {}

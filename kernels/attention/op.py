@@ -1,0 +1,201 @@
+"""torch.library schemas, fakes and autograd of the attention room.
+
+The choice among implementations is made inside the operators, so that a compiled graph holds one
+opaque call whatever runs in it. Neither triton nor _C is imported before a call needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright import choose
+from tilewright.ops.attention import reference
+from tilewright.ops.attention.problem import Problem
+
+library = torch.library.Library("tilewright", "FRAGMENT")
+
+# what forward and backward share after their tensors; `rule` below keeps the same order
+_RULE = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_mask, Tensor? sinks, "
+    "Tensor? dropout_seed, float scale, bool is_causal, int window_left, int window_right, "
+    "float softcap, int group_size, int first_shifted_head, bool wraparound, float dropout_p, "
+    "str impl"
+)
+library.define(f"flash_attention(Tensor q, Tensor k, Tensor v, {_RULE}) -> (Tensor, Tensor)")
+library.define(
+    "flash_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor out, Tensor lse, bool needs_dq, bool needs_dkv, {_RULE}) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "flash_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, Tensor key_starts, "
+    "Tensor key_lengths, Tensor? sinks, float scale, bool is_causal, int window_left, "
+    "float softcap, int num_splits, str impl) -> (Tensor, Tensor)"
+)
+
+N_RULE = 15
+
+
+def rule(p: Problem, impl: str) -> tuple:
+    """The trailing arguments of the operators, from a problem record."""
+    return (
+        p.cu_seqlens_q, p.cu_seqlens_k, p.key_mask, p.sinks, p.dropout_seed, p.scale,
+        p.is_causal, p.window_left, p.window_right, p.softcap, p.group_size,
+        p.first_shifted_head, p.wraparound, p.dropout_p, impl,
+    )  # fmt: skip
+
+
+def _problem(q, k, v, *r, needs_grad=False) -> tuple[Problem, str]:
+    """The problem record and `impl` again, from the operators' arguments."""
+    names = (
+        "cu_seqlens_q", "cu_seqlens_k", "key_mask", "sinks", "dropout_seed", "scale", "is_causal",
+        "window_left", "window_right", "softcap", "group_size", "first_shifted_head",
+        "wraparound", "dropout_p",
+    )  # fmt: skip
+    problem = Problem(
+        device=q.device.type, dtype=q.dtype,
+        batch=q.shape[0], n_queries=q.shape[1], n_heads=q.shape[2], head_dim=q.shape[3],
+        n_keys=k.shape[1], n_kv_heads=k.shape[2], value_dim=v.shape[3],
+        needs_grad=needs_grad, **dict(zip(names, r[:-1], strict=True)),
+    )  # fmt: skip
+    return problem, r[-1]
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _implementation(name: str):
+    if name == "cpp_cpu":
+        from tilewright.ops.attention import cpp_cpu
+
+        return cpp_cpu
+    if name == "triton_gpu":
+        from tilewright.ops.attention import triton_gpu
+
+        return triton_gpu
+    return _ReferenceImplementation
+
+
+class _ReferenceImplementation:
+    @staticmethod
+    def forward(q, k, v, p):
+        out, lse = reference.flash_attention(q, k, v, p)
+        return out.to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype))
+
+    @staticmethod
+    def backward(dout, dlse, q, k, v, out, lse, p, needs_dq, needs_dkv):
+        with torch.enable_grad():
+            leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+            out, lse = reference.flash_attention(*leaves, p)
+            upstream = [dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()]
+            grads = torch.autograd.grad([out, lse], leaves, upstream)
+        return tuple(g.to(q.dtype).contiguous() for g in grads)
+
+    @staticmethod
+    def decode(q, k, v, p, num_splits):
+        return reference.flash_decode(q, k, v, p)
+
+
+def _forward(q, k, v, *r):
+    p, impl = _problem(q, k, v, *r)
+    return _implementation(choose.choose("flash_attention", impl, p)).forward(q, k, v, p)
+
+
+def _backward(dout, dlse, q, k, v, out, lse, needs_dq, needs_dkv, *r):
+    p, impl = _problem(q, k, v, *r, needs_grad=True)
+    name = choose.choose("flash_attention", impl, p)
+    return _implementation(name).backward(dout, dlse, q, k, v, out, lse, p, needs_dq, needs_dkv)
+
+
+def _decode(q, k, v, page_table, key_starts, key_lengths, sinks, scale, is_causal, window_left,
+            softcap, num_splits, impl):  # fmt: skip
+    p = Problem(
+        device=q.device.type, dtype=q.dtype,
+        batch=q.shape[0], n_queries=q.shape[1], n_heads=q.shape[2], head_dim=q.shape[3],
+        n_keys=k.shape[1], n_kv_heads=k.shape[2], value_dim=v.shape[3], scale=scale,
+        is_causal=is_causal, window_left=window_left, softcap=softcap, sinks=sinks,
+        page_table=page_table, key_starts=key_starts, key_lengths=key_lengths,
+    )  # fmt: skip
+    name = choose.choose("flash_decode", impl, p)
+    return _implementation(name).decode(q, k, v, p, num_splits)
+
+
+for _name, _function in (
+    ("flash_attention", _forward),
+    ("flash_attention_backward", _backward),
+    ("flash_decode", _decode),
+):
+    library.impl(_name, _function, "CPU")
+    library.impl(_name, _function, "CUDA")
+
+
+def _outputs_like(q, v):
+    batch, n_queries, n_heads, _ = q.shape
+    out = q.new_empty(batch, n_queries, n_heads, v.shape[3])
+    return out, q.new_empty(batch, n_heads, n_queries, dtype=lse_dtype(q.dtype))
+
+
+@torch.library.register_fake("tilewright::flash_attention", lib=library)
+def _(q, k, v, *r):
+    return _outputs_like(q, v)
+
+
+@torch.library.register_fake("tilewright::flash_decode", lib=library)
+def _(q, k, v, *r):
+    return _outputs_like(q, v)
+
+
+@torch.library.register_fake("tilewright::flash_attention_backward", lib=library)
+def _(dout, dlse, q, k, v, out, lse, needs_dq, needs_dkv, *r):
+    dq = q.new_empty(q.shape if needs_dq else (0,))
+    dk = k.new_empty(k.shape if needs_dkv else (0,))
+    dv = v.new_empty(v.shape if needs_dkv else (0,))
+    return dq, dk, dv
+
+
+def sink_gradient(dout, dlse, out, lse, sinks):
+    """dsinks[h] = sum over rows of exp(sink_h - lse) (dlse - dout . out)."""
+    row = -(dout.float() * out.float()).sum(-1).transpose(1, 2)  # (B, H, Lq)
+    if dlse is not None:
+        row = row + dlse
+    weight = torch.exp(sinks.float()[None, :, None] - lse)
+    return torch.where(lse > float("-inf"), weight * row, 0.0).sum((0, 2)).to(sinks.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *r = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *r[:5])
+    ctx.rule = r[5:]
+
+
+def _autograd_backward(ctx, dout, dlse):
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    sinks, needs = tensors[3], ctx.needs_input_grad
+    n_none = [None] * N_RULE
+    if dout is None and dlse is None:
+        return (None, None, None, *n_none)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needs_dq, needs_dkv = needs[0], needs[1] or needs[2]
+    dq = dk = dv = None
+    if needs_dq or needs_dkv:
+        dq, dk, dv = torch.ops.tilewright.flash_attention_backward(
+            dout, dlse, q, k, v, out, lse, needs_dq, needs_dkv, *tensors, *ctx.rule
+        )
+    if needs[6]:
+        n_none[3] = sink_gradient(dout, dlse, out, lse, sinks)
+    return (
+        dq if needs[0] else None,
+        dk if needs[1] else None,
+        dv if needs[2] else None,
+        *n_none,
+    )
+
+
+torch.library.register_autograd(
+    "tilewright::flash_attention",
+    _autograd_backward,
+    setup_context=_setup_context,
+    lib=library,
+)

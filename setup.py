@@ -1,0 +1,73 @@
+"""The folder-to-package map and one build_ext that calls CMake; metadata is in pyproject.toml."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "engine/__init__.py").read_text()).group(1)
+ROOMS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py"))
+
+
+class CMakeBuild(build_ext):
+    """Configure and build `_C` and, where nvcc is found, `_cuda`, in one CMake run."""
+
+    def build_extensions(self):
+        # setuptools calls build_extension once per module, one CMake run serves them all
+        import pybind11
+
+        outputs = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
+        for output in outputs:  # a stale _cuda must not be packaged by a build without nvcc
+            output.unlink(missing_ok=True)
+            output.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        # the build tools live in an isolated environment that is new each time, so every path to
+        # them is handed over again instead of being remembered in CMakeCache.txt
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTILEWRIGHT_OUT={outputs[0].parent}",
+            f"-DTILEWRIGHT_CUDA={os.environ.get('TILEWRIGHT_CUDA', 'AUTO')}",
+            f"-DTILEWRIGHT_VERSION={VERSION}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        # editable installs copy each declared module to the source tree; _cuda may be absent
+        self.extensions = [e for e, out in zip(self.extensions, outputs) if out.exists()]
+
+    def copy_extensions_to_source(self):
+        for ext in self.extensions:
+            built, target = Path(self.get_ext_fullpath(ext.name)), self._source_path(ext)
+            if built.resolve() != target.resolve() and built.exists():
+                shutil.copy2(built, target)
+
+    def _source_path(self, ext):
+        return ROOT / "engine" / self.get_ext_filename(ext.name).rsplit(os.sep, 1)[-1]
+
+
+setup(
+    version=VERSION,
+    package_dir={
+        "tilewright": "engine",
+        **{f"tilewright.ops.{room}": f"kernels/{room}" for room in ROOMS},
+    },
+    packages=[
+        "tilewright",
+        *(f"tilewright.{p}" for p in find_packages("engine")),
+        *(f"tilewright.ops.{room}" for room in ROOMS),
+    ],
+    ext_modules=[
+        Extension("tilewright._C", sources=[]),
+        Extension("tilewright._cuda", sources=[], optional=True),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)
