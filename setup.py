@@ -26,13 +26,18 @@ class CMakeBuild(build_ext):
         for output in outputs:  # a stale _cuda must not be packaged by a build without nvcc
             output.unlink(missing_ok=True)
             output.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve() / "cmake"
+        # beside the source, so that editable installs, whose build_temp is new each time, compile
+        # only what changed; one folder for each Python, since _C is tied to its minor version
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         # the build tools live in an isolated environment that is new each time, so every path to
         # them is handed over again instead of being remembered in CMakeCache.txt
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise RuntimeError("tilewright: no ninja on PATH; install it with `pip install ninja`")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTILEWRIGHT_OUT={outputs[0].parent}",
@@ -41,27 +46,27 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
-        # editable installs copy each declared module to the source tree; _cuda may be absent
+        # _cuda may be absent; what follows packages the modules that are there
         self.extensions = [e for e, out in zip(self.extensions, outputs) if out.exists()]
 
     def copy_extensions_to_source(self):
-        for ext in self.extensions:
-            built, target = Path(self.get_ext_fullpath(ext.name)), self._source_path(ext)
-            if built.resolve() != target.resolve() and built.exists():
-                shutil.copy2(built, target)
-
-    def _source_path(self, ext):
-        return ROOT / "engine" / self.get_ext_filename(ext.name).rsplit(os.sep, 1)[-1]
+        # unlinked and not overwritten: a running process may have the old module mapped; and an
+        # old _cuda must not outlive a build without nvcc
+        for ext in self.distribution.ext_modules:
+            (ROOT / "engine" / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 setup(
     version=VERSION,
     package_dir={
         "tilewright": "engine",
+        "tilewright.bench": "bench",
         **{f"tilewright.ops.{room}": f"kernels/{room}" for room in ROOMS},
     },
     packages=[
         "tilewright",
+        "tilewright.bench",
         *(f"tilewright.{p}" for p in find_packages("engine")),
         *(f"tilewright.ops.{room}" for room in ROOMS),
     ],
