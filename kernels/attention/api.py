@@ -37,7 +37,8 @@ def flash_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention that never holds the (Lq, Lk) matrix, forward and backward.
 
-        out[i] = sum_j exp(s_ij - lse_i) v[j],   s_ij = scale q[i] . k[j],   lse_i = log sum_j exp(s_ij)
+        out[i] = sum_j exp(s_ij - lse_i) v[j]
+        s_ij = scale q[i] . k[j],   lse_i = log sum_j exp(s_ij)
 
     with j over the keys that query i sees. Query head h reads key/value head h // (H / Hkv).
 
@@ -49,9 +50,10 @@ def flash_attention(
     scale         default 1 / sqrt(D)
     softcap       t > 0 replaces s_ij by t tanh(s_ij / t), before masking
     cu_seqlens    (N + 1,) int32, packed form: document n holds queries [cu[n], cu[n + 1]);
-                  documents may be empty
+                  documents may be empty; a token in no document sees nothing
     cu_seqlens_k  (N + 1,) int32, the same for keys; default cu_seqlens
-    key_mask      (B, Lk) bool, True where a key is live; batch form only
+    key_mask      (B, Lk) bool, True where a key is live; batch form only. What stands in k and v
+                  elsewhere does not matter
     segments      `ShiftedSegments`: shifted-sparse attention, no copies of q, k or v
     sinks         (H,) one logit a head that takes part in the softmax and has no value
     extra_kv      (ek, ev), (B, P, Hkv, D) and (B, P, Hkv, Dv), or without B (shared by all rows or
@@ -62,14 +64,14 @@ def flash_attention(
     return_lse    also return the log-sum-exp (natural logarithm, sinks included), differentiable
     impl          "auto", "reference", "cpp_cpu" or "triton_gpu"
 
-    Returns out (B, Lq, H, Dv) or (Tq, H, Dv) in q.dtype, contiguous, and if asked for lse (B, H, Lq)
-    or (H, Tq) in float32. A query that sees no key and no sink gets out 0, lse -inf and zero
-    gradients. q, k, v share a device and a dtype: float32, bfloat16, float16 (float64: reference
-    only). Sums are float32; the error against float64 is at most twice that of torch's
+    Returns out (B, Lq, H, Dv) or (Tq, H, Dv) in q.dtype, contiguous, and if asked for lse
+    (B, H, Lq) or (H, Tq) in float32. A query that sees no key and no sink gets out 0, lse -inf and
+    zero gradients. q, k, v share a device and a dtype: float32, bfloat16, float16 (float64:
+    reference only). Sums are float32; the error against float64 is at most twice that of torch's
     scaled_dot_product_attention. Results are bitwise reproducible, and do not depend on the number
     of threads or on the other rows and documents of the batch. Under autocast q, k, v are cast.
-    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and cannot
-    run here.
+    ValueError: a shape, dtype or value outside the above (values of cu_seqlens: on a CPU; on a GPU
+    they are not read back). RuntimeError: `impl` was named and cannot run here.
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691; the equations are in README.md.
     """
@@ -100,6 +102,7 @@ def _describe(
         name, q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, key_mask=key_mask,
         sinks=sinks,
     )  # fmt: skip
+    _expect_finite(name, scale, softcap)
     if packed:
         expect_shapes(name, q=(q, ["Tq", "H", "D"]), k=(k, ["Tk", "Hkv", "D"]),
                       v=(v, ["Tk", "Hkv", "Dv"]))  # fmt: skip
@@ -126,7 +129,7 @@ def _describe(
         expect_shapes(name, cu_seqlens=(cu_seqlens, ["N + 1"]),
                       cu_seqlens_k=(cu_seqlens_k, ["N + 1"]))  # fmt: skip
         if key_mask is not None:
-            raise ValueError(f"{name}: key_mask belongs to the batch form, cu_seqlens to the packed")
+            raise ValueError(f"{name}: key_mask goes with the batch form, cu_seqlens with packed")
     elif cu_seqlens_k is not None:
         raise ValueError(f"{name}: cu_seqlens_k was given without cu_seqlens")
     if key_mask is not None:
@@ -137,8 +140,6 @@ def _describe(
             )
 
     window_left, window_right = _window(window)
-    if softcap < 0 or not math.isfinite(softcap):
-        raise ValueError(f"{name}: softcap is {softcap}, need 0 (none) or a positive number")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, need 0 <= dropout_p < 1")
     if sinks is not None:
@@ -169,15 +170,22 @@ def _describe(
     return problem, q, k, v
 
 
+def _expect_finite(name: str, scale: float | None, softcap: float) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{name}: scale is {scale}, need a finite number")
+    if softcap < 0 or not math.isfinite(softcap):
+        raise ValueError(f"{name}: softcap is {softcap}, need 0 (none) or a positive number")
+
+
 def _window(window) -> tuple[int, int]:
     if window is None:
         return -1, -1
-    if len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"flash_attention: window is {window!r}, need (left, right)")
     for side in window:
         if side is not None and side < 0:
             raise ValueError(
-                f"flash_attention: window is {tuple(window)}, need sizes >= 0, or None for unlimited"
+                f"flash_attention: window is {tuple(window)}, need sizes >= 0 or None"
             )
     left, right = window
     return -1 if left is None else left, -1 if right is None else right
@@ -186,6 +194,8 @@ def _window(window) -> tuple[int, int]:
 def _segments(segments, n_heads, packed, n_queries, n_keys, window_left, window_right):
     if segments is None:
         return 0, 0, False
+    if not isinstance(segments, ShiftedSegments):
+        raise ValueError(f"flash_attention: segments is {segments!r}, need a ShiftedSegments")
     group = segments.group_size
     if group < 1:
         raise ValueError(f"flash_attention: segments.group_size is {group}, need at least 1")
@@ -213,6 +223,9 @@ def _with_extra_keys(out, lse, q, extra_kv, p, cu_seqlens, impl):
     He et al., arXiv 2110.04366, section 3.1); lse carries the gradient.
     """
     n_rows = p.batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    if not isinstance(extra_kv, (tuple, list)) or len(extra_kv) != 2:
+        raise ValueError("flash_attention: extra_kv needs to be a pair of tensors (keys, values)")
+    expect_device("flash_attention", q=q, extra_k=extra_kv[0], extra_v=extra_kv[1])
     extra = []
     for argument, t, width in zip(("k", "v"), extra_kv, (p.head_dim, p.value_dim), strict=True):
         if t.dim() == 3:
@@ -225,12 +238,14 @@ def _with_extra_keys(out, lse, q, extra_kv, p, cu_seqlens, impl):
         extra.append(t.to(q.dtype))
     n_extra = extra[0].shape[1]
     if extra[1].shape[1] != n_extra:
-        raise ValueError(f"flash_attention: extra_kv has {n_extra} keys and {extra[1].shape[1]} values")
+        raise ValueError(
+            f"flash_attention: extra_kv has {n_extra} keys and {extra[1].shape[1]} values"
+        )
+    if n_extra == 0:
+        return out, lse
     cu_extra = None
     if cu_seqlens is not None:
-        cu_extra = torch.arange(
-            0, (n_rows + 1) * n_extra, n_extra, dtype=torch.int32, device=q.device
-        )[: n_rows + 1]
+        cu_extra = torch.arange(n_rows + 1, dtype=torch.int32, device=q.device) * n_extra
         extra = [t.reshape(1, n_rows * n_extra, *t.shape[2:]) for t in extra]
     plain = Problem(
         device=p.device, dtype=p.dtype, batch=p.batch, n_queries=p.n_queries,
@@ -283,26 +298,48 @@ def flash_decode(
     k_cache      (B, S, Hkv, D), S slots a row; or pages (N, page size, Hkv, D) with page_table
     v_cache      (B, S, Hkv, Dv) or (N, page size, Hkv, Dv)
     key_lengths  (B,) int32, 0 <= length <= slots of a row
-    key_starts   (B,) int32, first live position; default 0 (left padding)
+    key_starts   (B,) int32, first live position, >= 0; default 0 (left padding)
     page_table   (B, pages of a row) int32: row b's position p is slot p % page size of page
-                 page_table[b, p // page size]; pages of any size, in any order
+                 page_table[b, p // page size]; pages of any size, in any order. Entries past the
+                 row's length are not read, and neither is any other slot
     window_left  a query sees itself and this many positions before it; None is unlimited
     num_splits   into how many pieces the keys are dealt out to the processors; None chooses. The
                  result is bitwise the same for every value
     scale, softcap, sinks, return_lse, impl   as in `flash_attention`
 
-    Returns out (B, Lq, H, Dv) in q.dtype, and if asked for lse (B, H, Lq) in float32. q and the cache
-    share a dtype: float32, bfloat16 or float16. No gradient. ValueError: a shape, dtype or value
-    outside the above, a page index out of range included (CPU; on a GPU it is not read back).
+    Returns out (B, Lq, H, Dv) in q.dtype, and if asked for lse (B, H, Lq) in float32. q and the
+    cache share a dtype: float32, bfloat16 or float16. No gradient. ValueError: a shape, dtype or
+    value outside the above, a page index out of range included (CPU; on a GPU it is not read back).
 
     Source: Dao et al., Flash-Decoding, 2023; pages as in Kwon et al., arXiv 2309.06180.
     """
+    p = _describe_decode(
+        q, k_cache, v_cache, key_lengths, key_starts, page_table, is_causal, window_left, scale,
+        softcap, sinks,
+    )  # fmt: skip
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(
+            f"flash_decode: num_splits is {num_splits}, need >= 1, or None to choose"
+        )
+    out, lse = torch.ops.tilewright.flash_decode(
+        q, k_cache, v_cache, p.page_table, p.key_starts, p.key_lengths, p.sinks, p.scale,
+        p.is_causal, p.window_left, p.softcap, num_splits or 0, impl,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _describe_decode(
+    q, k_cache, v_cache, key_lengths, key_starts=None, page_table=None, is_causal=True,
+    window_left=None, scale=None, softcap=0.0, sinks=None,
+) -> Problem:  # fmt: skip
+    """Check everything, and return the problem record."""
     name = "flash_decode"
     expect_dtype(name, DTYPES, q=q, k_cache=k_cache, v_cache=v_cache)
     expect_device(
         name, q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths,
         key_starts=key_starts, page_table=page_table, sinks=sinks,
     )  # fmt: skip
+    _expect_finite(name, scale, softcap)
     rows = "N" if page_table is not None else "B"
     size = expect_shapes(
         name, q=(q, ["B", "Lq", "H", "D"]), k_cache=(k_cache, [rows, "S", "Hkv", "D"]),
@@ -313,6 +350,8 @@ def flash_decode(
     expect_shapes(name, q=(q, ["B", "Lq", "H", "D"]), key_starts=(key_starts, ["B"]))
     if page_table is not None:
         expect_shapes(name, q=(q, ["B", "Lq", "H", "D"]), page_table=(page_table, ["B", "pages"]))
+        if size["S"] == 0:
+            raise ValueError(f"{name}: k_cache has pages of 0 slots, need at least 1")
     if sinks is not None:
         expect_shapes(name, q=(q, ["B", "Lq", "H", "D"]), sinks=(sinks, ["H"]))
     for argument, t in (("key_lengths", key_lengths), ("key_starts", key_starts),
@@ -323,17 +362,19 @@ def flash_decode(
         if not 1 <= size[axis] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: {axis} is {size[axis]}, need 1 <= {axis} <= {MAX_HEAD_DIM}")
     if size["Hkv"] == 0 or size["H"] % size["Hkv"]:
-        raise ValueError(f"{name}: q has {size['H']} heads, need a multiple of k_cache's {size['Hkv']}")
+        raise ValueError(
+            f"{name}: q has {size['H']} heads, need a multiple of k_cache's {size['Hkv']}"
+        )
     if window_left is not None and window_left < 0:
         raise ValueError(f"{name}: window_left is {window_left}, need >= 0, or None for unlimited")
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"{name}: num_splits is {num_splits}, need >= 1, or None to choose")
-    out, lse = torch.ops.tilewright.flash_decode(
-        q, k_cache, v_cache, page_table, key_starts, key_lengths, sinks,
-        1.0 / math.sqrt(size["D"]) if scale is None else float(scale), bool(is_causal),
-        -1 if window_left is None else window_left, float(softcap), num_splits or 0, impl,
+    return Problem(
+        device=q.device.type, dtype=q.dtype, batch=size["B"], n_queries=size["Lq"],
+        n_keys=size["S"], n_heads=size["H"], n_kv_heads=size["Hkv"], head_dim=size["D"],
+        value_dim=size["Dv"], scale=1.0 / math.sqrt(size["D"]) if scale is None else float(scale),
+        is_causal=bool(is_causal), window_left=-1 if window_left is None else window_left,
+        softcap=float(softcap), sinks=sinks, page_table=page_table, key_starts=key_starts,
+        key_lengths=key_lengths,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 def _reference_why_not(problem) -> str | None:
@@ -374,10 +415,6 @@ def _sample_problems() -> dict[str, object]:
     return samples
 
 
-def _decode_problem(q, k_cache, v_cache, *, key_lengths, page_table=None, **unused) -> Problem:
-    return _describe(q, k_cache[:0].expand(q.shape[0], -1, -1, -1), v_cache[:0])[0]
-
-
 choose.register(
     choose.Operator(
         "flash_attention",
@@ -387,5 +424,10 @@ choose.register(
     )
 )
 choose.register(
-    choose.Operator("flash_decode", _CANDIDATES, _decode_problem, _sample_problems)
+    choose.Operator(
+        "flash_decode",
+        _CANDIDATES,
+        lambda *a, impl="auto", num_splits=None, return_lse=False, **k: _describe_decode(*a, **k),
+        _sample_problems,
+    )
 )

@@ -77,8 +77,20 @@ def _implementation(name: str):
 
 
 class _ReferenceImplementation:
+    """The reference in the operators' dtypes, with the value checks that kernels make too."""
+
     @staticmethod
     def forward(q, k, v, p):
+        for argument, cu, n_tokens in (
+            ("cu_seqlens", p.cu_seqlens_q, p.n_queries),
+            ("cu_seqlens_k", p.cu_seqlens_k, p.n_keys),
+        ):
+            values = [0] if cu is None else cu.tolist()
+            if values[0] < 0 or values[-1] > n_tokens or values != sorted(values):
+                raise ValueError(
+                    f"flash_attention: {argument} is {values}, need values from 0 to {n_tokens} "
+                    "that never fall"
+                )
         out, lse = reference.flash_attention(q, k, v, p)
         return out.to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype))
 
@@ -89,11 +101,35 @@ class _ReferenceImplementation:
             out, lse = reference.flash_attention(*leaves, p)
             upstream = [dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()]
             grads = torch.autograd.grad([out, lse], leaves, upstream)
-        return tuple(g.to(q.dtype).contiguous() for g in grads)
+        needed = (needs_dq, needs_dkv, needs_dkv)
+        return tuple(
+            g.to(q.dtype).contiguous() if needs else q.new_empty(0)
+            for g, needs in zip(grads, needed, strict=True)
+        )
 
     @staticmethod
     def decode(q, k, v, p, num_splits):
-        return reference.flash_decode(q, k, v, p)
+        n_pages, page_slots = k.shape[:2]
+        pages = [[]] * p.batch if p.page_table is None else p.page_table.tolist()
+        for row, (length, start) in enumerate(
+            zip(p.key_lengths.tolist(), p.key_starts.tolist(), strict=True)
+        ):
+            slots = page_slots if p.page_table is None else len(pages[row]) * page_slots
+            if not 0 <= length <= slots:
+                raise ValueError(
+                    f"flash_decode: key_lengths[{row}] is {length}, need 0 to {slots}, the slots "
+                    "of a row"
+                )
+            if start < 0:
+                raise ValueError(f"flash_decode: key_starts[{row}] is {start}, need at least 0")
+            for index, page in enumerate(pages[row][: -(-length // page_slots)]):
+                if not 0 <= page < n_pages:
+                    raise ValueError(
+                        f"flash_decode: page_table[{row}, {index}] is {page}, need 0 to "
+                        f"{n_pages - 1}, the pages of k_cache"
+                    )
+        out, lse = reference.flash_decode(q, k, v, p)
+        return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
 
 def _forward(q, k, v, *r):
@@ -155,10 +191,10 @@ def _(dout, dlse, q, k, v, out, lse, needs_dq, needs_dkv, *r):
 
 def sink_gradient(dout, dlse, out, lse, sinks):
     """dsinks[h] = sum over rows of exp(sink_h - lse) (dlse - dout . out)."""
-    row = -(dout.float() * out.float()).sum(-1).transpose(1, 2)  # (B, H, Lq)
+    row = -(dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (B, H, Lq)
     if dlse is not None:
         row = row + dlse
-    weight = torch.exp(sinks.float()[None, :, None] - lse)
+    weight = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
     return torch.where(lse > float("-inf"), weight * row, 0.0).sum((0, 2)).to(sinks.dtype)
 
 
@@ -199,3 +235,12 @@ torch.library.register_autograd(
     setup_context=_setup_context,
     lib=library,
 )
+
+
+def _decode_backward(ctx, dout, dlse):
+    raise NotImplementedError(
+        "flash_decode: it has no gradient; call it under torch.no_grad(), or use flash_attention"
+    )
+
+
+torch.library.register_autograd("tilewright::flash_decode", _decode_backward, lib=library)

@@ -31,15 +31,16 @@ def philox_uniform(seed, head_row, query, key):
 
 
 def _documents(n, cu_seqlens):
-    """For each of n tokens: its document, its position there, and that document's length."""
+    """Of each of n tokens: its document (-1 is none), its place there, that document's length."""
     token = torch.arange(n)
     if cu_seqlens is None:
         return torch.zeros_like(token), token, torch.full_like(token, n)
-    ends = cu_seqlens.long().cpu()
-    document = torch.searchsorted(ends[1:].contiguous(), token, right=True)
-    document_or_last = document.clamp(max=len(ends) - 2)
-    start = ends[document_or_last]
-    return document, token - start, ends[document_or_last + 1] - start
+    # entry d is where document d starts; the last one stands for the tokens past all documents
+    starts = cu_seqlens.long().cpu()
+    document = torch.searchsorted(starts, token, right=True) - 1
+    document = torch.where(document < len(starts) - 1, document, -1)
+    lengths = torch.cat([starts.diff(), starts.new_zeros(1)])  # index -1 finds the zero
+    return document, token - starts[document], lengths[document]
 
 
 def visible_pairs(p):
@@ -50,11 +51,11 @@ def visible_pairs(p):
         len_k = torch.full_like(pos_q, p.n_keys)
     else:
         lengths = p.cu_seqlens_k.long().cpu().diff()
-        len_k = lengths[doc_q.clamp(max=len(lengths) - 1)]
+        len_k = torch.cat([lengths, lengths.new_zeros(1)])[doc_q]
 
     j = pos_k[None, :]  # (1, Lk)
     i = (pos_q + len_k - len_q)[:, None]  # (Lq, 1): the last query stands at the last key
-    visible = doc_q[:, None] == doc_k[None, :]
+    visible = (doc_q[:, None] == doc_k[None, :]) & (doc_q >= 0)[:, None]
     if p.window_left >= 0:
         visible = visible & (j >= i - p.window_left)
     if p.window_right >= 0:
@@ -106,6 +107,8 @@ def dropout_factor(p):
 def flash_attention(q, k, v, p):
     """out (B, Lq, H, Dv) and log-sum-exp (B, H, Lq), both float64."""
     q, k, v = (t.double() for t in (q, k, v))
+    if p.key_mask is not None:  # a key that is not live may hold anything, NaN included
+        k, v = (t.masked_fill(~p.key_mask[:, :, None, None], 0.0) for t in (k, v))
     k, v = (t.repeat_interleave(p.queries_per_kv_head, dim=2) for t in (k, v))
     scores = p.scale * torch.einsum("bihd,bjhd->bhij", q, k)
     if p.softcap:
@@ -117,32 +120,33 @@ def flash_attention(q, k, v, p):
     if p.sinks is not None:
         sinks = p.sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
         terms = torch.cat([scores, sinks], dim=-1)
-    has_terms = torch.isfinite(terms).any(-1)  # (B, H, Lq); no key and no sink: out 0, lse -inf
+    has_terms = (terms != float("-inf")).any(-1)  # (B, H, Lq); no key, no sink: out 0, lse -inf
     terms = torch.where(has_terms[..., None], terms, 0.0)
     lse = torch.where(has_terms, torch.logsumexp(terms, dim=-1), float("-inf"))
 
-    weights = torch.exp(torch.where(visible, scores, 0.0) - lse.masked_fill(~has_terms, 0)[..., None])
-    weights = torch.where(visible, weights, 0.0)
+    weights = torch.exp(scores - lse.masked_fill(~has_terms, 0)[..., None])
     if p.dropout_p:
         weights = weights * dropout_factor(p).to(weights.device)
     return torch.einsum("bhij,bjhd->bihd", weights, v), lse
 
 
 def flash_decode(q, k, v, p):
-    """The cache rows are gathered and masked, then it is `flash_attention`; float64 inside."""
-    if p.page_table is not None:
-        k, v = (t[p.page_table.long()].flatten(1, 2) for t in (k, v))  # (B, slots of a row, Hkv, .)
-    slots = k.shape[1]
-    position = torch.arange(slots, device=k.device)[None, :]
-    lengths, starts = p.key_lengths.long()[:, None], p.key_starts.long()[:, None]
-    live = (position < lengths) & (position >= starts)
-    outs, lses = [], []
-    for row in range(p.batch):  # each row's queries stand at its own last keys
-        n = int(lengths[row])
-        one = p.with_(batch=1, n_keys=n, key_mask=live[row : row + 1, :n], key_lengths=None)
-        out, lse = flash_attention(q[row : row + 1], k[row : row + 1, :n], v[row : row + 1, :n], one)
-        outs.append(out)
-        lses.append(lse)
-    if not outs:
-        return q.new_empty(0, p.n_queries, p.n_heads, v.shape[3]), q.new_empty(0, p.n_heads, p.n_queries)
-    return torch.cat(outs).to(q.dtype), torch.cat(lses).to(torch.float32)
+    """Each row's live keys are gathered, then it is `flash_attention`; results as there."""
+    out = q.new_zeros(p.batch, p.n_queries, p.n_heads, v.shape[3], dtype=torch.float64)
+    lse = q.new_zeros(p.batch, p.n_heads, p.n_queries, dtype=torch.float64)
+    for row in range(p.batch):
+        length = int(p.key_lengths[row])
+        start = min(int(p.key_starts[row]), length)
+        row_k, row_v = (_cache_row(t, p.page_table, row, length)[None, start:] for t in (k, v))
+        # counted from their start, so that the row's queries stand at its last keys
+        one = p.with_(batch=1, n_keys=length - start)
+        out[row], lse[row] = (t[0] for t in flash_attention(q[row : row + 1], row_k, row_v, one))
+    return out, lse
+
+
+def _cache_row(cache, page_table, row, length):
+    """The first `length` positions of one row: (length, Hkv, width)."""
+    if page_table is None:
+        return cache[row, :length]
+    n_pages = -(-length // cache.shape[1])
+    return cache[page_table[row, :n_pages].long()].flatten(0, 1)[:length]
