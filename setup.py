@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         # _cuda may be absent; what follows packages the modules that are there
-        self.extensions = [e for e, out in zip(self.extensions, outputs) if out.exists()]
+        built = zip(self.extensions, outputs, strict=True)
+        self.extensions = [extension for extension, output in built if output.exists()]
 
     def copy_extensions_to_source(self):
         # unlinked and not overwritten: a running process may have the old module mapped; and an
