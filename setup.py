@@ -44,8 +44,9 @@ class CMakeBuild(build_ext):
             f"-DTILEWRIGHT_CUDA={os.environ.get('TILEWRIGHT_CUDA', 'AUTO')}",
             f"-DTILEWRIGHT_VERSION={VERSION}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        for command in (configure, ["cmake", "--build", str(build)]):
+            if subprocess.run(command).returncode:
+                sys.exit(f"tilewright: `{' '.join(command[:3])} ...` failed; the reason is above")
         # _cuda may be absent; what follows packages the modules that are there
         built = zip(self.extensions, outputs, strict=True)
         self.extensions = [extension for extension, output in built if output.exists()]
