@@ -1,0 +1,56 @@
+"""A key/value cache that grows by doubling instead of by copying itself for every token."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, (B, Hkv, length, D), as views of a buffer with room to grow.
+
+    Appending writes the new tokens only; a full buffer is replaced by one twice as long. Cropping,
+    reordering and choosing rows are the parent's: what no longer is a view of the buffer gets a new
+    one at the next append.
+    """
+
+    ROOM = 256  # smallest number of tokens in a buffer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append (B, Hkv, n, D) and return all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = old.shape[-2] if old.numel() else 0
+        total = length + new.shape[-2]
+        buffer = self.buffers.get(name)
+        is_view = (
+            buffer is not None
+            and length > 0
+            and old.data_ptr() == buffer.data_ptr()
+            and old.shape[:2] == buffer.shape[:2]
+        )
+        if not is_view or total > buffer.shape[-2]:
+            batch, heads, _, width = new.shape
+            buffer = new.new_empty(batch, heads, max(self.ROOM, 2 * total), width)
+            if length:
+                buffer[:, :, :length] = old
+            self.buffers[name] = buffer
+        buffer[:, :, length:total] = new
+        return buffer[:, :, :total]
+
+
+def new_cache(config) -> DynamicCache:
+    """transformers' cache for a model of this config, its full-attention layers growing ones."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(c) is DynamicLayer else c for c in cache.layers]
+    return cache

@@ -1,0 +1,145 @@
+"""What a training run can be told, and the check of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from tilewright.files import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ATTENTION = ("dense", "shifted")
+# these say where and how often, not what is computed: a resumed run may change them
+FREE_ON_RESUME = ("save_every", "device")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `finetune`, the same on the command line (`--learning-rate` for learning_rate).
+
+    steps               optimizer steps; None: as many as `epochs` passes over the data need
+    epochs              passes over the data, used if steps is None
+    context             tokens of one row; longer documents are cut, shorter ones packed together
+    rows                rows of one micro-batch
+    accumulate          micro-batches of one step; the loss is the mean over all their tokens
+    learning_rate       peak; None: 1e-3 for a new model, 2e-4 for LoRA, 2e-5 for full fine-tuning
+    final_rate          fraction of the peak that the cosine ends at
+    warmup              steps of linear rise; None: 5 % of the steps
+    weight_decay        of matrices, none of vectors
+    beta1, beta2        AdamW's decays
+    clip_norm           largest norm of the gradient; 0: no clipping
+    dtype               "float32", or "bfloat16": autocast over float32 weights
+    seed                of new weights, LoRA's A, dropout and the order of rows
+    device              "auto", "cpu", "cuda" or "cuda:N"
+    stock               leave transformers' own operators in place, for comparison
+    recompute           recompute activations in the backward instead of keeping them
+    attention           "dense", or "shifted": shifted-sparse in training, dense in evaluation
+    group_size          of shifted attention; None: a quarter of the context
+    rope_target_length  context that RoPE is stretched to by linear interpolation
+    train               parts of parameter names to train besides LoRA, such as ("embed", "norm");
+                        without LoRA only these are trained; empty: everything
+    lora_rank           0: no LoRA
+    lora_alpha          None: twice the rank
+    lora_targets        module names, or ("all-linear",)
+    lora_dropout        probability
+    save_every          steps between checkpoints; 0: only at an interruption
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    context: int = 1024
+    rows: int = 1
+    accumulate: int = 1
+    learning_rate: float | None = None
+    final_rate: float = 0.1
+    warmup: int | None = None
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    dtype: str = "float32"
+    seed: int = 0
+    device: str = "auto"
+    stock: bool = False
+    recompute: bool = False
+    attention: str = "dense"
+    group_size: int | None = None
+    rope_target_length: int | None = None
+    train: tuple[str, ...] = ()
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_dropout: float = 0.0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("train", "lora_targets"):
+            value = getattr(self, name)
+            parts = value.split(",") if isinstance(value, str) else value
+            object.__setattr__(self, name, tuple(p.strip() for p in parts if p.strip()))
+        self._check_numbers()
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}, need {' or '.join(DTYPES)}")
+        if self.attention not in ATTENTION:
+            raise InputError(f"attention is {self.attention!r}, need {' or '.join(ATTENTION)}")
+        if self.attention == "shifted" and self.stock:
+            raise InputError("attention 'shifted' needs tilewright's operators: leave out stock")
+        if self.group_size is not None and self.attention != "shifted":
+            raise InputError("group_size belongs to attention 'shifted', which was not asked for")
+        if self.lora_rank and not self.lora_targets:
+            raise InputError("lora_targets is empty, need module names or all-linear")
+
+    def _check_numbers(self) -> None:
+        whole = {  # name: smallest
+            "steps": 1, "context": 2, "rows": 1, "accumulate": 1, "warmup": 0, "seed": 0,
+            "group_size": 1, "rope_target_length": 2, "lora_rank": 0, "save_every": 0,
+        }  # fmt: skip
+        for name, smallest in whole.items():
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise InputError(f"{name} is {value!r}, need a whole number of at least {smallest}")
+        intervals = {  # name: (smallest, largest, smallest is allowed, largest is allowed)
+            "epochs": (0, math.inf, False, False), "learning_rate": (0, math.inf, False, False),
+            "final_rate": (0, 1, True, True), "weight_decay": (0, math.inf, True, False),
+            "beta1": (0, 1, True, False), "beta2": (0, 1, True, False),
+            "clip_norm": (0, math.inf, True, False), "lora_alpha": (0, math.inf, False, False),
+            "lora_dropout": (0, 1, True, False),
+        }  # fmt: skip
+        for name, (low, high, with_low, with_high) in intervals.items():
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            above = is_number and (value > low or (with_low and value == low))
+            below = is_number and (value < high or (with_high and value == high))
+            if not (above and below):
+                left = f"{low} <=" if with_low else f"{low} <"
+                right = f" {'<=' if with_high else '<'} {high}" if high != math.inf else ""
+                raise InputError(f"{name} is {value!r}, need a number with {left} {name}{right}")
+
+    def settings(self) -> dict:
+        """What must not change between a run and its resumption, as plain JSON values."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in values.items() if k not in FREE_ON_RESUME}
+
+
+OPTION_NAMES = tuple(f.name for f in fields(TrainOptions))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda" or "cuda:N"."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device is {name!r}, need auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}, need auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
