@@ -1,6 +1,270 @@
-"""Triton kernels and their launchers."""
+"""Launchers of the Triton kernels: tensors and the problem record -> kernel arguments."""
+
 from __future__ import annotations
 
+import contextlib
+import math
+from dataclasses import dataclass, field
 
-def why_not(p) -> str | None:
-    return "not built yet"
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tilewright import settings
+from tilewright.ops.attention import triton_config as config
+from tilewright.ops.attention.problem import Problem
+from tilewright.ops.attention.triton_backward import (
+    attention_dkv_kernel,
+    attention_dq_kernel,
+    attention_row_terms_kernel,
+)
+from tilewright.ops.attention.triton_forward import attention_forward_kernel, live_range_kernel
+
+_UNLIMITED = 2**30  # a window or group wider than any document; sums with positions stay in int32
+_WHOLE, _CUT, _WRAPPED = 0, 1, 2  # as triton_tiles.py numbers them
+
+
+def why_not(p: Problem) -> str | None:
+    """None if the Triton kernels can run this problem here, else the reason."""
+    interpreted = settings.triton_is_interpreted()
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{str(p.dtype).removeprefix('torch.')} is not among float32, bfloat16, float16"
+    if interpreted:
+        if p.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return None
+    if p.device != "cuda":
+        return f"tensors are on {p.device}, and TRITON_INTERPRET is not 1"
+    if torch.version.hip:
+        return "written for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is started with; tests compile it without starting it."""
+
+    kernel: object
+    programs: int
+    arguments: dict
+    num_warps: int = 4
+    num_stages: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def run(self) -> None:
+        if self.programs == 0:
+            return
+        options = {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True,
+        }  # fmt: skip
+        on_device = (
+            torch.cuda.device(self.device)
+            if self.device.type == "cuda"
+            else contextlib.nullcontext()
+        )
+        with on_device:
+            self.kernel[(self.programs,)](**self.arguments, **options)
+
+
+def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """The GPU's compute capability, None under the interpreter."""
+    if settings.triton_is_interpreted():
+        return None
+    return torch.cuda.get_device_capability(tensor.device)
+
+
+def _strides(name: str, t: torch.Tensor) -> dict[str, int]:
+    b, n, h, d = t.stride()
+    return {f"{name}_stride_b": b, f"{name}_stride_t": n, f"{name}_stride_h": h,
+            f"{name}_stride_d": d}  # fmt: skip
+
+
+def _fits_descriptor(t: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read (B, tokens, heads, width): 16-byte strides and base."""
+    if t.numel() == 0 or t.stride(3) != 1 or t.data_ptr() % 16:
+        return False
+    return all(
+        n == 1 or (stride > 0 and stride * t.itemsize % 16 == 0)
+        for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
+    )
+
+
+def _by_descriptor(capability, *tensors: torch.Tensor) -> bool:
+    """Whether to read tiles by descriptor: 16-bit types where the copy engine exists."""
+    if capability is not None and capability < (9, 0):
+        return False
+    return all(t.itemsize == 2 and _fits_descriptor(t) for t in tensors)
+
+
+def _source(t: torch.Tensor, rows: int, width: int, by_descriptor: bool):
+    """What a kernel reads (rows, width) tiles of one head from: a descriptor, or the tensor."""
+    if not by_descriptor:
+        return t
+    t = t.transpose(1, 2)  # (B, heads, tokens, width)
+    # the stride of an axis of one element is free; the copy engine wants a multiple of 16 bytes
+    strides = [16 if n == 1 else s for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, width])
+
+
+def _live_range(p: Problem) -> list[Launch]:
+    """The launch that fills `live` (B, 3) from key_mask."""
+    mask = p.key_mask.view(torch.uint8)
+    live = torch.empty(p.batch, 3, dtype=torch.int32, device=mask.device)
+    arguments = dict(
+        key_mask_ptr=mask, live_ptr=live, stride_b=mask.stride(0), stride_t=mask.stride(1),
+        n_keys=p.n_keys, BLOCK=1024,
+    )  # fmt: skip
+    return [Launch(live_range_kernel, p.batch, arguments, device=mask.device)]
+
+
+def _slots(cu_seqlens: torch.Tensor | None, n_tokens: int, block: int) -> int:
+    """How many tiles of `block` tokens the documents need at most, without reading cu_seqlens."""
+    if cu_seqlens is None:
+        return -(-n_tokens // block)
+    # one more tile a document, and the pseudo-document past the last one (find_document)
+    return n_tokens // block + cu_seqlens.numel() if n_tokens else 0
+
+
+def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
+    """The arguments that all kernels of forward and backward share."""
+    unlimited = [_UNLIMITED if w < 0 else min(w, _UNLIMITED) for w in (p.window_left, p.window_right)]
+    segments = (_WRAPPED if p.wraparound else _CUT) if p.group_size else _WHOLE
+    if p.is_causal and segments != _WRAPPED:
+        unlimited[1] = 0 if p.window_right < 0 else min(p.window_right, 0)
+    n_documents = 0 if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
+    mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
+    group = min(p.group_size, _UNLIMITED)
+    return dict(
+        cu_q_ptr=p.cu_seqlens_q, cu_k_ptr=p.cu_seqlens_k, live_ptr=live, key_mask_ptr=mask,
+        seed_ptr=p.dropout_seed.to(device) if p.dropout_p else None,
+        mask_stride_b=0 if mask is None else mask.stride(0),
+        mask_stride_t=0 if mask is None else mask.stride(1),
+        n_queries=p.n_queries, n_keys=p.n_keys, n_heads=p.n_heads,
+        queries_per_kv_head=p.queries_per_kv_head,
+        n_documents=n_documents, n_steps=n_documents.bit_length(),
+        scale=p.scale, softcap=p.softcap, left=unlimited[0], right=unlimited[1],
+        group=group, group_shift=group // 2, first_shifted_head=p.first_shifted_head,
+        # uniform >= p, in units of 2**-24
+        threshold=math.ceil(p.dropout_p * 2**24), keep_scale=1.0 / (1.0 - p.dropout_p),
+        D=p.head_dim, DV=p.value_dim,
+        BLOCK_D=config.block_width(p.head_dim), BLOCK_DV=config.block_width(p.value_dim),
+        SEGMENTS=segments, IS_CAUSAL=p.is_causal, IS_PACKED=p.cu_seqlens_q is not None,
+        HAS_KEY_MASK=mask is not None, HAS_SOFTCAP=p.softcap > 0, HAS_DROPOUT=p.dropout_p > 0,
+    )  # fmt: skip
+
+
+def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
+    """The launches of one forward pass, in order."""
+    launches = _live_range(p) if p.key_mask is not None else []
+    live = launches[0].arguments["live_ptr"] if launches else None
+    rule = _rule(p, q.device, live)
+    tiles = config.forward_tiles(capability, p.dtype, max(rule["BLOCK_D"], rule["BLOCK_DV"]))
+    by_descriptor = _by_descriptor(capability, q, k, v)
+    n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
+    arguments = dict(
+        q=_source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
+        k=_source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
+        v=_source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
+        out_ptr=out, lse_ptr=lse, sinks_ptr=p.sinks,
+        **_strides("q", q), **_strides("k", k), **_strides("v", v), **rule,
+        n_slots=n_slots, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
+        HAS_SINKS=p.sinks is not None, BY_DESCRIPTOR=by_descriptor,
+    )  # fmt: skip
+    programs = n_slots * p.n_heads * p.batch
+    launch = Launch(
+        attention_forward_kernel, programs, arguments, tiles.num_warps, tiles.num_stages, q.device
+    )
+    return [*launches, launch]
+
+
+def forward(q, k, v, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, Lq, H, Dv) in q.dtype, contiguous, and lse (B, H, Lq) in float32."""
+    q, p = _with_positive_scale(q, p)
+    out = q.new_empty(p.batch, p.n_queries, p.n_heads, p.value_dim)
+    lse = q.new_empty(p.batch, p.n_heads, p.n_queries, dtype=torch.float32)
+    for launch in forward_launches(q, k, v, out, lse, p, _capability(q)):
+        launch.run()
+    return out, lse
+
+
+def _with_positive_scale(q, p: Problem):
+    """The kernels take a maximum before they scale, so a negative scale moves into q."""
+    return (q, p) if p.scale >= 0 else (-q, p.with_(scale=-p.scale))
+
+
+def backward_launches(
+    dout, dlse, q, k, v, out, lse, dq, dk, dv, p: Problem, capability
+) -> list[Launch]:
+    """The launches of one backward pass, in order; dq or both of dk and dv may be None."""
+    launches = _live_range(p) if p.key_mask is not None else []
+    live = launches[0].arguments["live_ptr"] if launches else None
+    rule = _rule(p, q.device, live)
+    terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
+    rows = 64
+    n_slots = _slots(None, p.n_queries, rows)
+    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
+    arguments = dict(
+        out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, terms_ptr=terms,
+        **_strides("dout", dout),
+        dlse_stride_b=dlse_strides[0], dlse_stride_h=dlse_strides[1], dlse_stride_t=dlse_strides[2],
+        n_queries=p.n_queries, n_heads=p.n_heads, n_rows=lse.numel(), n_slots=n_slots,
+        DV=p.value_dim, BLOCK_DV=rule["BLOCK_DV"], BLOCK_Q=rows, HAS_DLSE=dlse is not None,
+    )  # fmt: skip
+    programs = n_slots * p.n_heads * p.batch
+    launches.append(Launch(attention_row_terms_kernel, programs, arguments, device=q.device))
+
+    width = max(rule["BLOCK_D"], rule["BLOCK_DV"])
+    by_descriptor = _by_descriptor(capability, q, k, v, dout)
+    strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("dout", dout)}
+
+    def shared(tiles: config.Tiles, n_slots: int) -> dict:
+        return dict(
+            q=_source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
+            k=_source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
+            v=_source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
+            dout=_source(dout, tiles.queries, rule["BLOCK_DV"], by_descriptor),
+            terms_ptr=terms, **strides, **rule, n_rows=lse.numel(), n_slots=n_slots,
+            BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_DESCRIPTOR=by_descriptor,
+        )  # fmt: skip
+
+    if dq is not None:
+        tiles = config.dq_tiles(capability, p.dtype, width)
+        n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
+        launches.append(
+            Launch(
+                attention_dq_kernel, n_slots * p.n_heads * p.batch,
+                dict(**shared(tiles, n_slots), dq_ptr=dq),
+                tiles.num_warps, tiles.num_stages, q.device,
+            )  # fmt: skip
+        )
+    if dk is not None:
+        tiles = config.dkv_tiles(capability, p.dtype, width)
+        n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
+        launches.append(
+            Launch(
+                attention_dkv_kernel, n_slots * p.n_kv_heads * p.batch,
+                dict(**shared(tiles, n_slots), dk_ptr=dk, dv_ptr=dv),
+                tiles.num_warps, tiles.num_stages, q.device,
+            )  # fmt: skip
+        )
+    return launches
+
+
+def backward(dout, dlse, q, k, v, out, lse, p: Problem, needs_dq: bool, needs_dkv: bool):
+    """dq, dk, dv, contiguous and of the shapes of q, k, v; those not needed have shape (0,)."""
+    negated = p.scale < 0
+    q, p = _with_positive_scale(q, p)
+    dq = q.new_empty(q.shape if needs_dq else (0,))
+    dk = k.new_empty(k.shape if needs_dkv else (0,))
+    dv = v.new_empty(v.shape if needs_dkv else (0,))
+    launches = backward_launches(
+        dout, dlse, q, k, v, out, lse,
+        dq if needs_dq else None, dk if needs_dkv else None, dv if needs_dkv else None,
+        p, _capability(q),
+    )  # fmt: skip
+    for launch in launches:
+        launch.run()
+    return -dq if negated else dq, dk, dv

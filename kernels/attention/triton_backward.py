@@ -1,0 +1,440 @@
+"""The backward kernels: row terms, then dQ by queries, and dK with dV by keys.
+
+Each output element is summed by one program in a fixed order, so the gradients are bitwise the same
+in every run; the price is that the scores are computed twice.
+
+    P_ij = exp(s_ij - lse_i)      dP_ij = dO_i . v_j       dV_j = sum_i P_ij dO_i
+    dS_ij = P_ij (dP_ij - delta_i + dlse_i)                delta_i = dO_i . O_i
+    dQ_i = scale sum_j dS_ij k_j                           dK_j = scale sum_i dS_ij q_i
+"""
+
+import triton
+import triton.language as tl
+
+from tilewright.ops.attention.triton_forward import (
+    key_tiles,
+    masked_tile,
+    query_tile,
+    visible_in_tile,
+)
+from tilewright.ops.attention.triton_tiles import (
+    LOG2_E,
+    WRAPPED,
+    cut_tiles,
+    document_bounds,
+    find_document,
+    is_kept,
+    is_kept_by_key,
+    load_rows,
+    queries_of_key,
+    rolled_interval,
+    store_rows,
+    tanh,
+    union,
+)
+
+
+@triton.jit
+def attention_row_terms_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, terms_ptr,
+    dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
+    dlse_stride_b, dlse_stride_h, dlse_stride_t,
+    n_queries, n_heads, n_rows, n_slots,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """terms[0] = log2(e) lse, or +inf where it is -inf, so that P is 0; terms[1] = dO . O - dlse
+
+    out (B, Lq, H, Dv) contiguous   dout, dlse any strides   terms (2, B, H, Lq) float32
+    """
+    pid = tl.program_id(0)
+    start = pid % n_slots * BLOCK_Q
+    head = pid // n_slots % n_heads
+    batch = pid // n_slots // n_heads
+    queries = start + tl.arange(0, BLOCK_Q)
+    columns = tl.arange(0, BLOCK_DV)
+    inside = queries < n_queries
+    whole = inside[:, None] & (columns < DV)[None, :]
+
+    token = batch.to(tl.int64) * n_queries + queries
+    out_offsets = (token * n_heads + head)[:, None] * DV + columns[None, :]
+    dout_base = batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
+    dout_offsets = (
+        dout_base
+        + queries.to(tl.int64)[:, None] * dout_stride_t
+        + columns.to(tl.int64)[None, :] * dout_stride_d
+    )
+    out = tl.load(out_ptr + out_offsets, mask=whole, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + dout_offsets, mask=whole, other=0.0).to(tl.float32)
+    row = (batch.to(tl.int64) * n_heads + head) * n_queries + queries
+    lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+
+    delta = tl.sum(out * dout, 1)
+    if HAS_DLSE:
+        dlse_offsets = (
+            batch.to(tl.int64) * dlse_stride_b
+            + head.to(tl.int64) * dlse_stride_h
+            + queries.to(tl.int64) * dlse_stride_t
+        )
+        delta -= tl.load(dlse_ptr + dlse_offsets, mask=inside, other=0.0).to(tl.float32)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+    tl.store(terms_ptr + row, lse, mask=inside)
+    tl.store(terms_ptr + n_rows + row, delta, mask=inside)
+
+
+@triton.jit
+def attention_dq_kernel(
+    q, k, v, dout, terms_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
+    q_stride_b, q_stride_t, q_stride_h, q_stride_d,
+    k_stride_b, k_stride_t, k_stride_h, k_stride_d,
+    v_stride_b, v_stride_t, v_stride_h, v_stride_d,
+    dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
+    mask_stride_b, mask_stride_t,
+    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, n_slots,
+    scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """dq[i] = scale sum_j dS_ij k[j]: one program owns a tile of queries, as in the forward.
+
+    q (B, Lq, H, D)   k (B, Lk, Hkv, D)   v (B, Lk, Hkv, Dv)   dout (B, Lq, H, Dv)   any strides
+    dq (B, Lq, H, D) contiguous   terms (2, B, H, Lq)
+    """
+    (
+        batch, head, document, start, q_origin, q_length, k_origin, k_length, first, last, has_holes
+    ) = query_tile(
+        cu_q_ptr, cu_k_ptr, live_ptr, n_queries, n_keys, n_heads, n_documents, n_steps, n_slots,
+        BLOCK_Q, IS_PACKED, HAS_KEY_MASK,
+    )  # fmt: skip
+    if start >= q_length:
+        return
+    kv_head = head // queries_per_kv_head
+    shift = tl.where(head >= first_shifted_head, group_shift, 0)
+    (
+        low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
+    ) = key_tiles(
+        start, q_length, k_length, first, last, has_holes, left, right, group, shift,
+        BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL, 4 if HAS_DROPOUT else 1,
+    )  # fmt: skip
+    check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
+    log2_scale = scale * LOG2_E
+    log2_softcap = softcap * LOG2_E
+    queries = start + tl.arange(0, BLOCK_Q)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    head_row = document * n_heads + head
+    mask_row_ptr = key_mask_ptr
+    if HAS_KEY_MASK:
+        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * mask_stride_b
+
+    q_tile = load_rows(
+        q, batch, head, q_origin, start, q_length, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+        BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+    )  # fmt: skip
+    dout_tile = load_rows(
+        dout, batch, head, q_origin, start, q_length,
+        dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+        BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+    )  # fmt: skip
+    row = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin
+    inside = queries < q_length
+    lse = tl.load(terms_ptr + row + queries, mask=inside, other=float("inf"))
+    delta = tl.load(terms_ptr + n_rows + row + queries, mask=inside, other=0.0)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+
+    # the core: every query of the tile sees every key
+    core_begin = low_min + n_before * BLOCK_K
+    for key in tl.range(core_begin, core_begin + n_core * BLOCK_K, BLOCK_K):
+        k_tile = load_rows(
+            k, batch, kv_head, k_origin, key, last, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, False,
+        )  # fmt: skip
+        v_tile = load_rows(
+            v, batch, kv_head, k_origin, key, last, v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, False,
+        )  # fmt: skip
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        if HAS_SOFTCAP:
+            capped = tanh(s * (scale / softcap))
+            p = tl.exp2(log2_softcap * capped - lse[:, None])
+        else:
+            p = tl.exp2(s * log2_scale - lse[:, None])
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - capped * capped)
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+
+    # the tiles that cross an end, and those of the far interval
+    for index in tl.range(0, n_near - n_core + n_far):
+        key, is_far = masked_tile(
+            index, low_min, n_near, n_before, n_core, far_begin, BLOCK_K, SEGMENTS
+        )
+        keys = key + tl.arange(0, BLOCK_K)
+        k_tile = load_rows(
+            k, batch, kv_head, k_origin, key, k_length,
+            k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, check,
+        )  # fmt: skip
+        v_tile = load_rows(
+            v, batch, kv_head, k_origin, key, k_length,
+            v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, check,
+        )  # fmt: skip
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        visible = visible_in_tile(
+            keys, low, high, far_low, far_high, is_far, mask_row_ptr, mask_stride_t, last,
+            SEGMENTS, HAS_KEY_MASK,
+        )  # fmt: skip
+        if HAS_SOFTCAP:
+            capped = tanh(s * (scale / softcap))
+            s = log2_softcap * capped
+        else:
+            s = s * log2_scale
+        p = tl.exp2(tl.where(visible, s - lse[:, None], float("-inf")))
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - capped * capped)
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+
+    token = batch.to(tl.int64) * n_queries + q_origin + start
+    store_rows(
+        dq_ptr, acc * scale, head, start, q_length, token, n_heads, BLOCK_Q, D, BLOCK_D
+    )
+
+
+@triton.jit
+def key_tile(
+    cu_q_ptr, cu_k_ptr, live_ptr, n_queries, n_keys, n_kv_heads, n_documents, n_steps, n_slots,
+    BLOCK_K: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """What the program's number says: the batch row, head, tile and document of its keys.
+
+    The first tiles, which the most queries see when causal, go first.
+    """
+    pid = tl.program_id(0)
+    slot = pid % n_slots
+    kv_head = pid // n_slots % n_kv_heads
+    batch = pid // n_slots // n_kv_heads
+    if IS_PACKED:
+        document, tile = find_document(slot, cu_k_ptr, n_documents, n_steps, BLOCK_K)
+        q_origin, q_length = document_bounds(document, cu_q_ptr, n_documents, n_queries)
+        k_origin, k_length = document_bounds(document, cu_k_ptr, n_documents, n_keys)
+        q_length = tl.where(document < n_documents, q_length, 0)
+    else:
+        document, tile = batch, slot
+        q_origin, q_length = 0, n_queries
+        k_origin, k_length = 0, n_keys
+    first, last = 0, k_length
+    if HAS_KEY_MASK:
+        first = tl.load(live_ptr + batch * 3)
+        last = tl.load(live_ptr + batch * 3 + 1)
+    return (
+        batch, kv_head, document, tile * BLOCK_K, q_origin, q_length, k_origin, k_length, first, last
+    )  # fmt: skip
+
+
+@triton.jit
+def query_tiles(
+    start, q_length, k_length, first, last, left, right, group, shift,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The tiles of queries that the keys [start, start + BLOCK_K) of a document are seen by.
+
+    Returns the same as `key_tiles`, with the roles exchanged. Keys outside the live range take the
+    place of the nearest live key: their own sums are thrown away in the end.
+    """
+    offset = k_length - q_length
+    keys = tl.minimum(tl.maximum(start + tl.arange(0, BLOCK_K), first), last - 1)
+    far_low, far_high = keys, keys
+    far_begin, n_far = 0, 0
+    if SEGMENTS == WRAPPED:
+        low, high, far_low, far_high = rolled_interval(
+            keys - first, last - first, group, shift, IS_CAUSAL, False
+        )
+        # to query numbers; wraparound has as many queries as keys
+        low, high, far_low, far_high = low + first, high + first, far_low + first, far_high + first
+        low_min, high_max = union(low, high)
+        low_max, high_min = tl.max(low, 0), tl.min(high, 0)
+        far_begin, far_end = union(far_low, far_high)
+        n_far = (far_end - far_begin + BLOCK_Q - 1) // BLOCK_Q
+    else:
+        low, high = queries_of_key(
+            keys, first, offset, q_length, left, right, group, shift, SEGMENTS
+        )
+        begin = tl.maximum(start, first)
+        end = tl.minimum(start + BLOCK_K, last) - 1
+        low_min, high_min = queries_of_key(
+            begin, first, offset, q_length, left, right, group, shift, SEGMENTS
+        )
+        low_max, high_max = queries_of_key(
+            end, first, offset, q_length, left, right, group, shift, SEGMENTS
+        )
+        high_max = tl.where(begin <= end, high_max, 0)
+        low_min = tl.where(begin <= end, low_min, 0)
+    n_near, n_before, n_core = cut_tiles(low_min, low_max, high_min, high_max, BLOCK_Q)
+    return low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
+
+
+@triton.jit
+def attention_dkv_kernel(
+    q, k, v, dout, terms_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
+    q_stride_b, q_stride_t, q_stride_h, q_stride_d,
+    k_stride_b, k_stride_t, k_stride_h, k_stride_d,
+    v_stride_b, v_stride_t, v_stride_h, v_stride_d,
+    dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
+    mask_stride_b, mask_stride_t,
+    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, n_slots,
+    scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """dk[j] = scale sum_i dS_ij q[i], dv[j] = sum_i P_ij dout[i], over all query heads of a kv head.
+
+    q (B, Lq, H, D)   k (B, Lk, Hkv, D)   v (B, Lk, Hkv, Dv)   dout (B, Lq, H, Dv)   any strides
+    dk (B, Lk, Hkv, D), dv (B, Lk, Hkv, Dv) contiguous   terms (2, B, H, Lq)
+
+    One program owns a tile of keys. Scores are held transposed, (keys, queries), so that P and dS
+    are the left operands of both sums as they stand.
+    """
+    n_kv_heads = n_heads // queries_per_kv_head
+    (
+        batch, kv_head, document, start, q_origin, q_length, k_origin, k_length, first, last
+    ) = key_tile(
+        cu_q_ptr, cu_k_ptr, live_ptr, n_queries, n_keys, n_kv_heads, n_documents, n_steps, n_slots,
+        BLOCK_K, IS_PACKED, HAS_KEY_MASK,
+    )  # fmt: skip
+    if start >= k_length:
+        return
+    check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
+    log2_scale = scale * LOG2_E
+    log2_softcap = softcap * LOG2_E
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    delta_ptr = terms_ptr + n_rows
+
+    k_tile = load_rows(
+        k, batch, kv_head, k_origin, start, k_length,
+        k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+        BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+    )  # fmt: skip
+    v_tile = load_rows(
+        v, batch, kv_head, k_origin, start, k_length,
+        v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+        BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+    )  # fmt: skip
+    dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_DV), dtype=tl.float32)
+
+    for head_of_group in range(0, queries_per_kv_head):
+        head = kv_head * queries_per_kv_head + head_of_group
+        shift = tl.where(head >= first_shifted_head, group_shift, 0)
+        (
+            low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
+        ) = query_tiles(
+            start, q_length, k_length, first, last, left, right, group, shift,
+            BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL,
+        )  # fmt: skip
+        row = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin
+        head_row = document * n_heads + head
+
+        # the core: every query sees every key of the tile
+        core_begin = low_min + n_before * BLOCK_Q
+        for query in tl.range(core_begin, core_begin + n_core * BLOCK_Q, BLOCK_Q):
+            queries = query + tl.arange(0, BLOCK_Q)
+            q_tile = load_rows(
+                q, batch, head, q_origin, query, q_length,
+                q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+                BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, False,
+            )  # fmt: skip
+            dout_tile = load_rows(
+                dout, batch, head, q_origin, query, q_length,
+                dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+                BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, False,
+            )  # fmt: skip
+            lse = tl.load(terms_ptr + row + queries)
+            delta = tl.load(delta_ptr + row + queries)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            if HAS_SOFTCAP:
+                capped = tanh(s * (scale / softcap))
+                p = tl.exp2(log2_softcap * capped - lse[None, :])
+            else:
+                p = tl.exp2(s * log2_scale - lse[None, :])
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+            p_kept = p
+            if HAS_DROPOUT:
+                kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
+                p_kept = tl.where(kept, p * keep_scale, 0.0)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+
+        # the tiles that cross an end, and those of the far interval
+        for index in tl.range(0, n_near - n_core + n_far):
+            query, is_far = masked_tile(
+                index, low_min, n_near, n_before, n_core, far_begin, BLOCK_Q, SEGMENTS
+            )
+            queries = query + tl.arange(0, BLOCK_Q)
+            q_tile = load_rows(
+                q, batch, head, q_origin, query, q_length,
+                q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+                BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, check,
+            )  # fmt: skip
+            dout_tile = load_rows(
+                dout, batch, head, q_origin, query, q_length,
+                dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+                BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, check,
+            )  # fmt: skip
+            inside = queries < q_length
+            lse = tl.load(terms_ptr + row + queries, mask=inside, other=float("inf"))
+            delta = tl.load(delta_ptr + row + queries, mask=inside, other=0.0)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            if HAS_SOFTCAP:
+                capped = tanh(s * (scale / softcap))
+                s = log2_softcap * capped
+            else:
+                s = s * log2_scale
+            if SEGMENTS == WRAPPED:
+                low_here = tl.where(is_far, far_low, low)
+                high_here = tl.where(is_far, far_high, high)
+            else:
+                low_here, high_here = low, high
+            visible = (queries[None, :] >= low_here[:, None]) & (
+                queries[None, :] < high_here[:, None]
+            )
+            p = tl.exp2(tl.where(visible, s - lse[None, :], float("-inf")))
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+            p_kept = p
+            if HAS_DROPOUT:
+                kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
+                p_kept = tl.where(kept, p * keep_scale, 0.0)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+
+    dk = dk * scale
+    if HAS_KEY_MASK:
+        keys = start + tl.arange(0, BLOCK_K)
+        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * mask_stride_b
+        pointers = mask_row_ptr + keys.to(tl.int64) * mask_stride_t
+        is_live = tl.load(pointers, mask=keys < last, other=0) != 0
+        dk = tl.where(is_live[:, None], dk, 0.0)
+        dv = tl.where(is_live[:, None], dv, 0.0)
+    token = batch.to(tl.int64) * n_keys + k_origin + start
+    store_rows(dk_ptr, dk, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, D, BLOCK_D)
+    store_rows(dv_ptr, dv, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, DV, BLOCK_DV)
