@@ -9,6 +9,7 @@ if __name__ != "tilewright":
 # torch first: the kernels' OpenMP regions must bind to the runtime that torch has loaded
 import torch  # noqa: F401
 
+from tilewright.adapt import accelerate, restore
 from tilewright.choose import explain
 from tilewright.ops import (
     ShiftedSegments,
@@ -21,7 +22,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ShiftedSegments",
     "__version__",
+    "accelerate",
     "explain",
     "flash_attention",
     "flash_decode",
+    "restore",
 ]

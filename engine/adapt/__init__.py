@@ -1,0 +1,132 @@
+"""Put our operators into a Hugging Face model in place, and take them out again.
+
+transformers is imported by the first call, not with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tilewright.adapt.report import Replaced, Report, Skipped
+
+__all__ = ["Replaced", "Report", "Skipped", "accelerate", "restore"]
+
+ATTENTION = ("dense", "shifted")
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    attention: str = "dense",
+    group_size: int | None = None,
+    rope_target_length: int | None = None,
+    train: Sequence[str] | None = None,
+) -> Report:
+    """Replace the stock operators of a transformers model by ours, in this instance only.
+
+    model               a transformers model, or a module that holds some (PEFT models, wrappers)
+    attention           "dense"; or "shifted": shifted-sparse attention (S2-Attn) in causal layers
+                        while they train, dense under model.eval()
+    group_size          tokens in a group of shifted-sparse attention, at least 1; LongLoRA takes a
+                        quarter of the training length
+    rope_target_length  context length, in tokens, to stretch rotary positions to by linear
+                        interpolation; a scaling that the model already has is kept and multiplied
+    train               parts of parameter names, ["embed", "norm"] for LongLoRA: exactly the
+                        parameters whose name holds one of them, and adapters that are trainable
+                        already, get requires_grad; call it after get_peft_model
+
+    Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the
+    state dict and saved files stay as they are; `restore` undoes all of it. A call that our
+    operator cannot take (output_attentions=True, a 4-D mask) runs transformers' own attention and
+    warns once. Calling it again starts from the stock model.
+    ValueError: an argument outside the above, or nothing in the model can be replaced.
+
+    Source: Chen et al., LongLoRA, arXiv 2309.12307; Chen et al., position interpolation,
+    arXiv 2306.15595.
+    """
+    _check_arguments(model, attention, group_size, rope_target_length, train)
+    from tilewright import longlora
+    from tilewright.adapt import undo
+    from tilewright.adapt.attention import REPLACEMENT as attention_entry
+    from tilewright.adapt.table import Request, sites
+
+    if undo.is_changed(model):
+        undo.undo(model)
+    request = Request(group_size=group_size or 0)
+    replaced: list[Replaced] = []
+    skipped: list[Skipped] = []
+    notes: list[str] = []
+    try:
+        swaps = undo.own_configs(model)
+        found = sites(model)
+        for entry in (attention_entry,):
+            candidates = [site for site in found if entry.is_candidate(site.module)]
+            reasons = {site.name: entry.why_not(site, request) for site in candidates}
+            fitting = [site for site in candidates if reasons[site.name] is None]
+            unfit = [site for site in candidates if reasons[site.name] is not None]
+            for site in unfit:
+                was = type(site.module).__name__
+                skipped.append(Skipped(entry.kind, site.name, was, reasons[site.name]))
+            if not fitting:
+                continue
+            for name, note in entry.install(fitting, reasons, unfit, request).items():
+                was = type(model.get_submodule(name)).__name__
+                replaced.append(Replaced(entry.kind, name, was, entry.operator, note))
+        report = Report(type(model).__name__, tuple(replaced), tuple(skipped))
+        if not replaced:
+            raise ValueError(f"accelerate: nothing in the model can be replaced. {report}")
+        if group_size and all(r.note.startswith("not causal") for r in replaced):
+            raise ValueError(
+                'accelerate: attention is "shifted", but the model has no causal attention layer'
+            )
+        if rope_target_length is not None:
+            notes += longlora.interpolate_positions(model, rope_target_length)
+        if train is not None:
+            notes += longlora.train_only(model, train)
+        for swap in swaps:
+            swap.seal()
+    except BaseException:
+        undo.undo(model)
+        raise
+    return Report(report.model, report.replaced, report.skipped, tuple(notes))
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: the stock configuration, operators, positions and requires_grad flags.
+
+    What was changed since on the model's configuration by others, as by resizing the embeddings,
+    is kept. ValueError: the model is not accelerated.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"restore: model is a {type(model).__name__}, need a torch.nn.Module")
+    from tilewright.adapt import undo
+
+    if not undo.is_changed(model):
+        raise ValueError(f"restore: this {type(model).__name__} is not accelerated")
+    undo.undo(model)
+
+
+def _check_arguments(model, attention, group_size, rope_target_length, train) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"accelerate: model is a {type(model).__name__}, need a torch.nn.Module")
+    if attention not in ATTENTION:
+        raise ValueError(f'accelerate: no attention "{attention}". Known: {", ".join(ATTENTION)}')
+    if attention == "shifted" and group_size is None:
+        raise ValueError('accelerate: attention "shifted" needs group_size, a number of tokens')
+    if attention != "shifted" and group_size is not None:
+        raise ValueError('accelerate: group_size belongs to attention="shifted"')
+    for name, value in (("group_size", group_size), ("rope_target_length", rope_target_length)):
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"accelerate: {name} is {value!r}, need a whole number of at least 1")
+    if train is not None:
+        if isinstance(train, str) or not all(isinstance(part, str) and part for part in train):
+            raise ValueError(
+                f"accelerate: train is {train!r}, need a list of parts of parameter names, "
+                'such as ["embed", "norm"]'
+            )
+        if not train:
+            raise ValueError("accelerate: train is empty, need at least one part of a name")
