@@ -69,19 +69,28 @@ class RunFolder:
         """The complete ones, oldest first."""
         return sorted(p.parent for p in self.path.glob("checkpoint-*/state.json"))
 
-    def open(self, settings: dict) -> None:
-        """Start or continue the run. InputError: it was started with different settings."""
-        run = self.path / "run.json"
-        if self.start is not None or self.is_finished:
-            before = read_json(run).get("settings", {})
-            for name in {**before, **settings}:
-                if before.get(name) != settings.get(name):
-                    raise InputError(
-                        f"resume: {name} was {before.get(name)!r} when the run in {self.path} "
-                        f"started and is {settings.get(name)!r} now; pass the same settings, or "
-                        "--overwrite to start anew"
-                    )
+    @property
+    def is_resumed(self) -> bool:
+        return self.start is not None or self.is_finished
+
+    def compare(self, settings: dict) -> None:
+        """InputError: the run that is resumed was started with different settings."""
+        before = (
+            read_json(self.path / "run.json").get("settings", {}) if self.is_resumed else settings
+        )
+        for name in {**before, **settings}:
+            if before.get(name) != settings.get(name):
+                raise InputError(
+                    f"resume: {name} was {before.get(name)!r} when the run in {self.path} "
+                    f"started and is {settings.get(name)!r} now; pass the same settings, or "
+                    "--overwrite to start anew"
+                )
+
+    def begin(self, settings: dict) -> None:
+        """Make the folder of a new run; nothing is written before."""
+        if self.is_resumed:
             return
+        run = self.path / "run.json"
         if self.overwrite:
             for checkpoint in self.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)

@@ -28,7 +28,8 @@ class TrainOptions:
     final_rate          fraction of the peak that the cosine ends at
     warmup              steps of linear rise; None: 5 % of the steps
     weight_decay        of matrices, none of vectors
-    beta1, beta2        AdamW's decays
+    beta1               AdamW's decay of the mean gradient
+    beta2               AdamW's decay of the mean square
     clip_norm           largest norm of the gradient; 0: no clipping
     dtype               "float32", or "bfloat16": autocast over float32 weights
     seed                of new weights, LoRA's A, dropout and the order of rows

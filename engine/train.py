@@ -311,7 +311,7 @@ def finetune(
         **chosen.settings(), "model": loaded.source, "data": rows.fingerprint(), "steps": n_steps,
     }  # fmt: skip
     if folder is not None:
-        folder.open(settings)
+        folder.compare(settings)
 
     torch.manual_seed(chosen.seed)
     trained = choose_parameters(loaded.model, chosen)
@@ -325,6 +325,8 @@ def finetune(
     report = accelerate(trained, chosen)
     peak = chosen.learning_rate or _usual_rate(chosen, loaded.is_new)
     trainer = Trainer(trained, chosen, n_steps, peak)
+    if folder is not None:
+        folder.begin(settings)
     bar = progress if isinstance(progress, Progress) else (
         Progress(n_steps, "finetune") if progress else Silent()
     )  # fmt: skip
