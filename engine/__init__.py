@@ -11,11 +11,13 @@ import torch  # noqa: F401
 
 from tilewright.adapt import accelerate, restore
 from tilewright.choose import explain
+from tilewright.generate import generate
 from tilewright.ops import (
     ShiftedSegments,
     flash_attention,
     flash_decode,
 )
+from tilewright.train import finetune
 
 __version__ = "0.1.0"
 
@@ -24,7 +26,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "finetune",
     "flash_attention",
     "flash_decode",
+    "generate",
     "restore",
 ]

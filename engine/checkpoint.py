@@ -75,9 +75,9 @@ class RunFolder:
 
     def compare(self, settings: dict) -> None:
         """InputError: the run that is resumed was started with different settings."""
-        before = (
-            read_json(self.path / "run.json").get("settings", {}) if self.is_resumed else settings
-        )
+        if not self.is_resumed:
+            return
+        before = read_json(self.path / "run.json").get("settings", {})
         for name in {**before, **settings}:
             if before.get(name) != settings.get(name):
                 raise InputError(

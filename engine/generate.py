@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tilewright.cache import new_cache
 from tilewright.files import InputError
 from tilewright.sampling import Sampler, Sampling
 
@@ -214,6 +213,8 @@ class _Request:
 
 def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Iterator[Piece]:
     """Prefill, then one forward a token for the requests that go on."""
+    from tilewright.cache import new_cache  # brings transformers in, which takes seconds
+
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
