@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void register_attention(py::module_& m);
+void register_ceilings(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of tilewright";
@@ -34,4 +35,5 @@ PYBIND11_MODULE(_C, m) {
     tw::fail_check("set_isa: no level \"", name, "\". Known: portable, avx2, avx512, avx512_bf16");
   });
   register_attention(m);
+  register_ceilings(m);
 }
