@@ -68,7 +68,7 @@ def _stretch(rotaries: list[nn.Module], target_length: int) -> str:
     present = int(config.max_position_embeddings * present_factor)
     factor = float(math.ceil(target_length / present))
     if factor <= 1.0:
-        return f"rotary positions reach {present} tokens already: rope_target_length changed nothing"
+        return f"rotary positions reach {present} tokens already: nothing to stretch"
     for rotary in rotaries:
         for buffer in ("inv_freq", "original_inv_freq"):
             if buffer in rotary._buffers:

@@ -78,8 +78,7 @@ def handed_over(cls: type) -> frozenset[str] | None:
 
 def _asks_for_interface(value) -> bool:
     return any(
-        isinstance(node, ast.Attribute) and node.attr == "get_interface"
-        for node in ast.walk(value)
+        isinstance(node, ast.Attribute) and node.attr == "get_interface" for node in ast.walk(value)
     )
 
 

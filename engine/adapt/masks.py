@@ -125,9 +125,7 @@ def _is_causal(mask_function) -> bool:
         return False
     parts = _parts(mask_function)
     return (
-        len(parts) == 2
-        and parts[0].__code__ is _SLIDING
-        and parts[1] is stock.causal_mask_function
+        len(parts) == 2 and parts[0].__code__ is _SLIDING and parts[1] is stock.causal_mask_function
     )
 
 
@@ -152,7 +150,7 @@ def _live_keys(attention_mask, kv_length, kv_offset, compiling):
 
 
 def _window_of(attention_mask, kv_length, kv_offset):
-    """Its columns for the keys at kv_offset + [0, kv_length); what it does not reach is not live."""
+    """Its columns for keys at kv_offset + [0, kv_length); what it does not reach is not live."""
     n_columns = attention_mask.shape[1]
     if n_columns == kv_length:  # also what `generate` has asked us for before and hands back
         return attention_mask

@@ -62,7 +62,7 @@ class Report:
 
 
 def _together(rows):
-    """Modules that differ in one number of their path only become one row, as layers.{0-31}.attn."""
+    """Modules whose paths differ in one number only become one row, as layers.{0-31}.attn."""
     groups: dict[tuple, list[tuple[str, ...]]] = {}
     for kind, name, text in rows:
         pieces = re.split(r"(\d+)", name)
@@ -83,7 +83,7 @@ def _interleave(words, numbers) -> str:
 
 
 def _ranges(values) -> str:
-    """ {"0", "1", "2", "5"} -> "{0-2,5}" """
+    """From "0", "1", "2" and "5" to "{0-2,5}"."""
     runs: list[list[int]] = []
     for n in sorted(map(int, values)):
         if runs and n == runs[-1][1] + 1:

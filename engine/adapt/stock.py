@@ -46,6 +46,4 @@ def stock_attention(
             "flash_attention does not take, and its modeling file has no eager attention. "
             "Call tilewright.restore(model) for such inputs."
         )
-    return sdpa_attention_forward(
-        module, query, key, value, mask, is_causal=is_causal, **arguments
-    )
+    return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **arguments)
