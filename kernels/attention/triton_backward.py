@@ -35,51 +35,88 @@ from tilewright.ops.attention.triton_tiles import (
 
 
 @triton.jit
+def terms_origin(document, q_origin, IS_PACKED: tl.constexpr):
+    """Where a document's row terms begin: on a multiple of 4, so that the copy engine can read them.
+
+    Rounding q_origin down loses up to 3 places and the next document gains 4, so none overlap.
+    """
+    origin = 0
+    if IS_PACKED:
+        origin = q_origin // 4 * 4 + 4 * document
+    return origin
+
+
+@triton.jit
 def attention_row_terms_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, terms_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, terms_ptr, cu_q_ptr,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
     dlse_stride_b, dlse_stride_h, dlse_stride_t,
-    n_queries, n_heads, n_rows, n_slots,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, HAS_DLSE: tl.constexpr,
+    n_queries, n_heads, n_documents, n_steps, n_rows, terms_pitch, n_slots,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, IS_PACKED: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """terms[0] = log2(e) lse, or +inf where it is -inf, so that P is 0; terms[1] = dO . O - dlse
 
-    out (B, Lq, H, Dv) contiguous   dout, dlse any strides   terms (2, B, H, Lq) float32
+    out (B, Lq, H, Dv) contiguous   dout, dlse any strides   terms (2, B H, pitch) float32
     """
     pid = tl.program_id(0)
-    start = pid % n_slots * BLOCK_Q
+    slot = pid % n_slots
     head = pid // n_slots % n_heads
     batch = pid // n_slots // n_heads
-    queries = start + tl.arange(0, BLOCK_Q)
+    if IS_PACKED:
+        document, tile = find_document(slot, cu_q_ptr, n_documents, n_steps, BLOCK_Q)
+        q_origin, q_length = document_bounds(document, cu_q_ptr, n_documents, n_queries)
+    else:
+        document, tile, q_origin, q_length = batch, slot, 0, n_queries
+    queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_DV)
-    inside = queries < n_queries
+    inside = queries < q_length
     whole = inside[:, None] & (columns < DV)[None, :]
+    tokens = (q_origin + queries).to(tl.int64)
+    row = batch.to(tl.int64) * n_heads + head
 
-    token = batch.to(tl.int64) * n_queries + queries
-    out_offsets = (token * n_heads + head)[:, None] * DV + columns[None, :]
+    out_offsets = ((batch.to(tl.int64) * n_queries + tokens) * n_heads + head)[:, None] * DV
     dout_base = batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
     dout_offsets = (
-        dout_base
-        + queries.to(tl.int64)[:, None] * dout_stride_t
-        + columns.to(tl.int64)[None, :] * dout_stride_d
+        dout_base + tokens[:, None] * dout_stride_t + columns.to(tl.int64)[None, :] * dout_stride_d
     )
-    out = tl.load(out_ptr + out_offsets, mask=whole, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + out_offsets + columns[None, :], mask=whole, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + dout_offsets, mask=whole, other=0.0).to(tl.float32)
-    row = (batch.to(tl.int64) * n_heads + head) * n_queries + queries
-    lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + row * n_queries + tokens, mask=inside, other=0.0)
 
     delta = tl.sum(out * dout, 1)
     if HAS_DLSE:
-        dlse_offsets = (
-            batch.to(tl.int64) * dlse_stride_b
-            + head.to(tl.int64) * dlse_stride_h
-            + queries.to(tl.int64) * dlse_stride_t
-        )
-        delta -= tl.load(dlse_ptr + dlse_offsets, mask=inside, other=0.0).to(tl.float32)
+        dlse_base = batch.to(tl.int64) * dlse_stride_b + head.to(tl.int64) * dlse_stride_h
+        dlse = tl.load(dlse_ptr + dlse_base + tokens * dlse_stride_t, mask=inside, other=0.0)
+        delta -= dlse.to(tl.float32)
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
 
-    tl.store(terms_ptr + row, lse, mask=inside)
-    tl.store(terms_ptr + n_rows + row, delta, mask=inside)
+    terms = terms_ptr + row * terms_pitch + terms_origin(document, q_origin, IS_PACKED) + queries
+    tl.store(terms, lse, mask=inside)
+    tl.store(terms + n_rows * terms_pitch, delta, mask=inside)
+
+
+@triton.jit
+def load_terms(
+    source, which, row, origin, query, limit, n_rows, pitch,
+    ROWS: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """terms[which, row, origin + [query, query + ROWS)], from a pointer or a descriptor.
+
+    With CHECK, queries from `limit` on read as 0: they may belong to another document.
+    """
+    queries = query + tl.arange(0, ROWS)
+    if BY_DESCRIPTOR:
+        terms = source.load([which, row, origin + query]).reshape(ROWS)
+        if CHECK:
+            terms = tl.where(queries < limit, terms, 0.0)
+    else:
+        pointers = source + (which * n_rows + row.to(tl.int64)) * pitch + origin + queries
+        if CHECK:
+            terms = tl.load(pointers, mask=queries < limit, other=0.0)
+        else:
+            terms = tl.load(pointers)
+    return terms
 
 
 @triton.jit
@@ -90,7 +127,7 @@ def attention_dq_kernel(
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
     mask_stride_b, mask_stride_t,
-    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, n_slots,
+    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch, n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -100,7 +137,7 @@ def attention_dq_kernel(
     """dq[i] = scale sum_j dS_ij k[j]: one program owns a tile of queries, as in the forward.
 
     q (B, Lq, H, D)   k (B, Lk, Hkv, D)   v (B, Lk, Hkv, Dv)   dout (B, Lq, H, Dv)   any strides
-    dq (B, Lq, H, D) contiguous   terms (2, B, H, Lq)
+    dq (B, Lq, H, D) contiguous   terms (2, B H, pitch)
     """
     (
         batch, head, document, start, q_origin, q_length, k_origin, k_length, first, last, has_holes
@@ -137,10 +174,12 @@ def attention_dq_kernel(
         dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
         BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
     )  # fmt: skip
-    row = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin
-    inside = queries < q_length
-    lse = tl.load(terms_ptr + row + queries, mask=inside, other=float("inf"))
-    delta = tl.load(terms_ptr + n_rows + row + queries, mask=inside, other=0.0)
+    row = batch * n_heads + head
+    origin = terms_origin(document, q_origin, IS_PACKED)
+    lse = load_terms(terms_ptr, 0, row, origin, start, q_length, n_rows, terms_pitch,
+                     BLOCK_Q, False, True)  # fmt: skip
+    delta = load_terms(terms_ptr, 1, row, origin, start, q_length, n_rows, terms_pitch,
+                       BLOCK_Q, False, True)  # fmt: skip
     acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
 
     # the core: every query of the tile sees every key
@@ -265,6 +304,7 @@ def query_tiles(
         low_min, high_max = union(low, high)
         low_max, high_min = tl.max(low, 0), tl.min(high, 0)
         far_begin, far_end = union(far_low, far_high)
+        far_begin = far_begin // 4 * 4
         n_far = (far_end - far_begin + BLOCK_Q - 1) // BLOCK_Q
     else:
         low, high = queries_of_key(
@@ -280,32 +320,35 @@ def query_tiles(
         )
         high_max = tl.where(begin <= end, high_max, 0)
         low_min = tl.where(begin <= end, low_min, 0)
+    low_min = low_min // 4 * 4  # as terms_origin
     n_near, n_before, n_core = cut_tiles(low_min, low_max, high_min, high_max, BLOCK_Q)
     return low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
 
 
 @triton.jit
 def attention_dkv_kernel(
-    q, k, v, dout, terms_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
+    q, k, v, dout, terms, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
     q_stride_b, q_stride_t, q_stride_h, q_stride_d,
     k_stride_b, k_stride_t, k_stride_h, k_stride_d,
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
     mask_stride_b, mask_stride_t,
-    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, n_slots,
+    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch, n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+    WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
 ):  # fmt: skip
     """dk[j] = scale sum_i dS_ij q[i], dv[j] = sum_i P_ij dout[i], over all query heads of a kv head.
 
     q (B, Lq, H, D)   k (B, Lk, Hkv, D)   v (B, Lk, Hkv, Dv)   dout (B, Lq, H, Dv)   any strides
-    dk (B, Lk, Hkv, D), dv (B, Lk, Hkv, Dv) contiguous   terms (2, B, H, Lq)
+    dk (B, Lk, Hkv, D), dv (B, Lk, Hkv, Dv) contiguous   terms (2, B H, pitch)
 
     One program owns a tile of keys. Scores are held transposed, (keys, queries), so that P and dS
-    are the left operands of both sums as they stand.
+    are the left operands of both sums as they stand. Rows too wide for two accumulators take two
+    launches, WANTS_DK and WANTS_DV.
     """
     n_kv_heads = n_heads // queries_per_kv_head
     (
@@ -320,18 +363,19 @@ def attention_dkv_kernel(
     log2_scale = scale * LOG2_E
     log2_softcap = softcap * LOG2_E
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    delta_ptr = terms_ptr + n_rows
 
     k_tile = load_rows(
         k, batch, kv_head, k_origin, start, k_length,
         k_stride_b, k_stride_h, k_stride_t, k_stride_d,
         BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, not BY_DESCRIPTOR,
     )  # fmt: skip
-    v_tile = load_rows(
-        v, batch, kv_head, k_origin, start, k_length,
-        v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-        BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
-    )  # fmt: skip
+    if WANTS_DK:
+        v_tile = load_rows(
+            v, batch, kv_head, k_origin, start, k_length,
+            v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+        )  # fmt: skip
+    origin = terms_origin(document, q_origin, IS_PACKED)
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_DV), dtype=tl.float32)
 
@@ -344,7 +388,7 @@ def attention_dkv_kernel(
             start, q_length, k_length, first, last, left, right, group, shift,
             BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL,
         )  # fmt: skip
-        row = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin
+        row = batch * n_heads + head
         head_row = document * n_heads + head
 
         # the core: every query sees every key of the tile
@@ -361,25 +405,29 @@ def attention_dkv_kernel(
                 dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
                 BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, False,
             )  # fmt: skip
-            lse = tl.load(terms_ptr + row + queries)
-            delta = tl.load(delta_ptr + row + queries)
+            lse = load_terms(terms, 0, row, origin, query, q_length, n_rows, terms_pitch,
+                             BLOCK_Q, BY_DESCRIPTOR, False)  # fmt: skip
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if HAS_SOFTCAP:
                 capped = tanh(s * (scale / softcap))
                 p = tl.exp2(log2_softcap * capped - lse[None, :])
             else:
                 p = tl.exp2(s * log2_scale - lse[None, :])
-            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-            p_kept = p
             if HAS_DROPOUT:
                 kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
-                p_kept = tl.where(kept, p * keep_scale, 0.0)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            if HAS_SOFTCAP:
-                ds = ds * (1.0 - capped * capped)
-            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+            if WANTS_DV:
+                p_kept = tl.where(kept, p * keep_scale, 0.0) if HAS_DROPOUT else p
+                dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+            if WANTS_DK:
+                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+                if HAS_DROPOUT:
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                delta = load_terms(terms, 1, row, origin, query, q_length, n_rows, terms_pitch,
+                                   BLOCK_Q, BY_DESCRIPTOR, False)  # fmt: skip
+                ds = p * (dp - delta[None, :])
+                if HAS_SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
+                dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
         # the tiles that cross an end, and those of the far interval
         for index in tl.range(0, n_near - n_core + n_far):
@@ -397,9 +445,8 @@ def attention_dkv_kernel(
                 dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
                 BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, check,
             )  # fmt: skip
-            inside = queries < q_length
-            lse = tl.load(terms_ptr + row + queries, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + row + queries, mask=inside, other=0.0)
+            lse = load_terms(terms, 0, row, origin, query, q_length, n_rows, terms_pitch,
+                             BLOCK_Q, BY_DESCRIPTOR, check)  # fmt: skip
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if HAS_SOFTCAP:
                 capped = tanh(s * (scale / softcap))
@@ -415,17 +462,21 @@ def attention_dkv_kernel(
                 queries[None, :] < high_here[:, None]
             )
             p = tl.exp2(tl.where(visible, s - lse[None, :], float("-inf")))
-            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-            p_kept = p
             if HAS_DROPOUT:
                 kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
-                p_kept = tl.where(kept, p * keep_scale, 0.0)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            if HAS_SOFTCAP:
-                ds = ds * (1.0 - capped * capped)
-            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+            if WANTS_DV:
+                p_kept = tl.where(kept, p * keep_scale, 0.0) if HAS_DROPOUT else p
+                dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+            if WANTS_DK:
+                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+                if HAS_DROPOUT:
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                delta = load_terms(terms, 1, row, origin, query, q_length, n_rows, terms_pitch,
+                                   BLOCK_Q, BY_DESCRIPTOR, check)  # fmt: skip
+                ds = p * (dp - delta[None, :])
+                if HAS_SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
+                dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
     dk = dk * scale
     if HAS_KEY_MASK:
@@ -436,5 +487,7 @@ def attention_dkv_kernel(
         dk = tl.where(is_live[:, None], dk, 0.0)
         dv = tl.where(is_live[:, None], dv, 0.0)
     token = batch.to(tl.int64) * n_keys + k_origin + start
-    store_rows(dk_ptr, dk, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, D, BLOCK_D)
-    store_rows(dv_ptr, dv, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, DV, BLOCK_DV)
+    if WANTS_DK:
+        store_rows(dk_ptr, dk, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, D, BLOCK_D)
+    if WANTS_DV:
+        store_rows(dv_ptr, dv, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, DV, BLOCK_DV)

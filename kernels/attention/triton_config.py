@@ -58,7 +58,7 @@ def dq_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
             return Tiles(128, 128, 8, 2)
         if width <= 128:
             return Tiles(128, 64, 8, 2)
-        return Tiles(64, 64, 8, 1)
+        return Tiles(128, 32, 8, 2)
     if width <= 64:
         return Tiles(128, 64, 8, 2)
     if width <= 128:
@@ -76,9 +76,14 @@ def dkv_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
             return Tiles(64, 128, 8, 2)
         if width <= 128:
             return Tiles(64, 128, 8, 2)
-        return Tiles(32, 64, 8, 1)
+        return Tiles(32, 128, 8, 2)
     if width <= 64:
-        return Tiles(64, 128, 8, 2)
+        return Tiles(32, 128, 8, 2)
     if width <= 128:
         return Tiles(32, 64, 8, 2)
-    return Tiles(32, 32, 8, 1)
+    return Tiles(32, 64, 8, 1)
+
+
+def dkv_passes(dtype: torch.dtype, width: int) -> tuple[tuple[bool, bool], ...]:
+    """(wants dK, wants dV) of each launch: past 128 columns two accumulators do not fit registers."""
+    return ((True, False), (False, True)) if width > 128 else ((True, True),)

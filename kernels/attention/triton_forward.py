@@ -125,11 +125,11 @@ def masked_tile(
 ):  # fmt: skip
     """(first key, is it a far tile) of the index-th tile outside the core."""
     number = index + tl.where(index >= n_before, n_core, 0)
+    key = low_min + number * BLOCK_K
+    is_far = number >= n_near
     if SEGMENTS == WRAPPED:
-        is_far = number >= n_near
-        return tl.where(is_far, far_begin + (number - n_near) * BLOCK_K,
-                        low_min + number * BLOCK_K), is_far  # fmt: skip
-    return low_min + number * BLOCK_K, False
+        key = tl.where(is_far, far_begin + (number - n_near) * BLOCK_K, key)
+    return key, is_far
 
 
 @triton.jit

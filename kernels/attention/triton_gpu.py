@@ -109,6 +109,15 @@ def _source(t: torch.Tensor, rows: int, width: int, by_descriptor: bool):
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, width])
 
 
+def _terms_source(terms: torch.Tensor, n_queries: int, queries: int, by_descriptor: bool):
+    """What a kernel reads `queries` row terms from: a descriptor, or the tensor (2, B H, pitch)."""
+    if not by_descriptor:
+        return terms
+    # in batch form, queries past the end read as zeros; packed documents are checked in the kernel
+    shape = [2, terms.shape[1], n_queries]
+    return TensorDescriptor(terms, shape, list(terms.stride()), [1, 1, queries])
+
+
 def _live_range(p: Problem) -> list[Launch]:
     """The launch that fills `live` (B, 3) from key_mask."""
     mask = p.key_mask.view(torch.uint8)
@@ -202,15 +211,21 @@ def backward_launches(
     launches = _live_range(p) if p.key_mask is not None else []
     live = launches[0].arguments["live_ptr"] if launches else None
     rule = _rule(p, q.device, live)
-    terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
+    n_rows = p.batch * p.n_heads
+    pitch = -(-p.n_queries // 4) * 4  # each document's terms begin on 16 bytes (terms_origin)
+    if p.cu_seqlens_q is not None:
+        pitch += 4 * p.cu_seqlens_q.numel()
+    terms = torch.empty(2, n_rows, pitch, dtype=torch.float32, device=q.device)
     rows = 64
-    n_slots = _slots(None, p.n_queries, rows)
+    n_slots = _slots(p.cu_seqlens_q, p.n_queries, rows)
     dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
     arguments = dict(
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, terms_ptr=terms,
-        **_strides("dout", dout),
+        cu_q_ptr=p.cu_seqlens_q, **_strides("dout", dout),
         dlse_stride_b=dlse_strides[0], dlse_stride_h=dlse_strides[1], dlse_stride_t=dlse_strides[2],
-        n_queries=p.n_queries, n_heads=p.n_heads, n_rows=lse.numel(), n_slots=n_slots,
+        n_queries=p.n_queries, n_heads=p.n_heads, n_documents=rule["n_documents"],
+        n_steps=rule["n_steps"], n_rows=n_rows, terms_pitch=pitch, n_slots=n_slots,
+        IS_PACKED=rule["IS_PACKED"],
         DV=p.value_dim, BLOCK_DV=rule["BLOCK_DV"], BLOCK_Q=rows, HAS_DLSE=dlse is not None,
     )  # fmt: skip
     programs = n_slots * p.n_heads * p.batch
@@ -226,7 +241,7 @@ def backward_launches(
             k=_source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
             v=_source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
             dout=_source(dout, tiles.queries, rule["BLOCK_DV"], by_descriptor),
-            terms_ptr=terms, **strides, **rule, n_rows=lse.numel(), n_slots=n_slots,
+            **strides, **rule, n_rows=n_rows, terms_pitch=pitch, n_slots=n_slots,
             BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_DESCRIPTOR=by_descriptor,
         )  # fmt: skip
 
@@ -236,17 +251,21 @@ def backward_launches(
         launches.append(
             Launch(
                 attention_dq_kernel, n_slots * p.n_heads * p.batch,
-                dict(**shared(tiles, n_slots), dq_ptr=dq),
+                dict(**shared(tiles, n_slots), terms_ptr=terms, dq_ptr=dq),
                 tiles.num_warps, tiles.num_stages, q.device,
             )  # fmt: skip
         )
-    if dk is not None:
+    for wants_dk, wants_dv in config.dkv_passes(p.dtype, width) if dk is not None else ():
         tiles = config.dkv_tiles(capability, p.dtype, width)
         n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
+        arguments = shared(tiles, n_slots)
+        arguments.update(
+            terms=_terms_source(terms, p.n_queries if p.cu_seqlens_q is None else pitch, tiles.queries, by_descriptor),
+            dk_ptr=dk, dv_ptr=dv, WANTS_DK=wants_dk, WANTS_DV=wants_dv,
+        )  # fmt: skip
         launches.append(
             Launch(
-                attention_dkv_kernel, n_slots * p.n_kv_heads * p.batch,
-                dict(**shared(tiles, n_slots), dk_ptr=dk, dv_ptr=dv),
+                attention_dkv_kernel, n_slots * p.n_kv_heads * p.batch, arguments,
                 tiles.num_warps, tiles.num_stages, q.device,
             )  # fmt: skip
         )

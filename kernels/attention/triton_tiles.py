@@ -145,29 +145,32 @@ def load_rows(
     limit    with CHECK, rows from here on read as zero: they may belong to another document, whose
              infinities must not meet a zero weight
     """
+    rows = row + tl.arange(0, ROWS)
     if BY_DESCRIPTOR:
         tile = source.load([batch, head, origin + row, 0]).reshape(ROWS, BLOCK_WIDTH)
         if CHECK:
-            rows = row + tl.arange(0, ROWS)
             tile = tl.where((rows < limit)[:, None], tile, 0.0)
-        return tile
-    rows = row + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_WIDTH)
-    # int64 before any product: tokens * heads * width passes 2**31
-    base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    pointers = (
-        base
-        + (origin + rows).to(tl.int64)[:, None] * stride_t
-        + columns.to(tl.int64)[None, :] * stride_d
-    )
-    if CHECK:
-        if WIDTH == BLOCK_WIDTH:
-            return tl.load(pointers, mask=(rows < limit)[:, None], other=0.0)
-        inside = (rows < limit)[:, None] & (columns < WIDTH)[None, :]
-        return tl.load(pointers, mask=inside, other=0.0)
-    if WIDTH == BLOCK_WIDTH:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    else:
+        columns = tl.arange(0, BLOCK_WIDTH)
+        # int64 before any product: tokens * heads * width passes 2**31
+        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        pointers = (
+            base
+            + (origin + rows).to(tl.int64)[:, None] * stride_t
+            + columns.to(tl.int64)[None, :] * stride_d
+        )
+        if CHECK:
+            if WIDTH == BLOCK_WIDTH:
+                tile = tl.load(pointers, mask=(rows < limit)[:, None], other=0.0)
+            else:
+                inside = (rows < limit)[:, None] & (columns < WIDTH)[None, :]
+                tile = tl.load(pointers, mask=inside, other=0.0)
+        else:
+            if WIDTH == BLOCK_WIDTH:
+                tile = tl.load(pointers)
+            else:
+                tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
