@@ -1,0 +1,360 @@
+// Backward: recompute P from lse, tile by tile, and accumulate dq, dk, dv. Five products a pair of tiles.
+//
+//   S[key][query]  = K . Qt           P = exp2(S - lse2)
+//   dP[key][query] = V . dOt          dS = P * (dP - delta),  delta[query] = dO . O - dlse
+//   dV[key][:]    += P  . dO          dK[key][:] += dS . Q          dQt[:][query] += Kt . dS
+//
+// An item is (document, key/value head, share of its query heads). One thread walks it alone, key tile by key
+// tile, so every sum has a fixed order and needs no atomics. Where there are few key/value heads, their query
+// heads are split into shares whose dK, dV are added up afterwards in order; the number of shares depends on
+// the shape alone, never on the number of threads.
+#include "attention/attention.h"
+#include "attention/pack.h"
+#include "attention/scores.h"
+#include "common/parallel.h"
+#include "common/workspace.h"
+
+namespace tw {
+namespace {
+
+constexpr int64_t kWantedItems = 8;
+constexpr double kSerialFlops = 1e6;
+
+inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+
+template <class C>
+struct BackwardShape {
+  Width<C> qk, v;
+  int64_t key_tiles, query_tiles;  // of the longest document
+  int64_t k_rows, v_rows, kt, q_lanes_t, do_lanes_t, q_lanes, do_lanes, dq;  // elements of a packed tile
+
+  explicit BackwardShape(const AttentionCall& call) : qk(call.head_dim), v(call.value_dim), key_tiles(0), query_tiles(0) {
+    for (int64_t i = 0; i < call.n_documents; ++i) {
+      key_tiles = most(key_tiles, tiles_of(call.documents[i].n_k));
+      query_tiles = most(query_tiles, tiles_of(call.documents[i].n_q));
+    }
+    k_rows = q_lanes_t = int64_t{kTile} * qk.row;
+    v_rows = do_lanes_t = int64_t{kTile} * v.row;
+    kt = q_lanes = dq = int64_t{kTile} * qk.lanes;
+    do_lanes = int64_t{kTile} * v.lanes;
+  }
+  int64_t grad_row() const { return qk.lanes + v.lanes; }  // floats of a row of summed dK and dV
+};
+
+// Everything of one thread. K side: tiles of the item's keys. Q side: tiles of one query head.
+template <class C>
+struct BackwardScratch {
+  C *k, *v, *kt;
+  C *q_t, *do_t, *q, *dout;
+  float *dq, *lse2, *delta;
+  TileIntervals* see;
+  C *stage, *pairs, *p, *ds, *ds_lanes;
+  float *scores, *dp, *factor, *dk_tile, *dv_tile, *grads;
+
+  // With base nullptr, only measures: returns the bytes needed.
+  int64_t lay_out(char* base, const BackwardShape<C>& shape, bool drops, bool sums_heads) {
+    Arena arena{base};
+    const int64_t n_k = shape.key_tiles, n_q = shape.query_tiles;
+    const int64_t widest = most(most(shape.qk.row, shape.qk.lanes), most(shape.v.row, shape.v.lanes)) * kTile;
+    k = arena.take<C>(n_k * shape.k_rows);
+    v = arena.take<C>(n_k * shape.v_rows);
+    kt = arena.take<C>(n_k * shape.kt);
+    q_t = arena.take<C>(n_q * shape.q_lanes_t);
+    do_t = arena.take<C>(n_q * shape.do_lanes_t);
+    q = arena.take<C>(n_q * shape.q_lanes);
+    dout = arena.take<C>(n_q * shape.do_lanes);
+    dq = arena.take<float>(n_q * shape.dq);
+    lse2 = arena.take<float>(n_q * kTile);
+    delta = arena.take<float>(n_q * kTile);
+    see = arena.take<TileIntervals>(n_q);
+    stage = arena.take<C>(widest);
+    pairs = arena.take<C>(widest);
+    p = arena.take<C>(kTile * kTile);
+    ds = arena.take<C>(kTile * kTile);
+    ds_lanes = Unit<C>::kDepth == 2 ? arena.take<C>(kTile * kTile) : ds;
+    scores = arena.take<float>(kTile * kTile);
+    dp = arena.take<float>(kTile * kTile);
+    factor = drops ? arena.take<float>(kTile * kTile) : nullptr;
+    dk_tile = arena.take<float>(int64_t{kTile} * shape.qk.lanes);
+    dv_tile = arena.take<float>(int64_t{kTile} * shape.v.lanes);
+    grads = sums_heads ? arena.take<float>(n_k * kTile * shape.grad_row()) : nullptr;
+    return round_up(arena.at - base, 4096);
+  }
+};
+
+template <class T, class C>
+void pack_keys(const AttentionCall& call, const BackwardShape<C>& shape, const Document& doc, int kv_head,
+               BackwardScratch<C>& s) {
+  for (int64_t t = 0; t < tiles_of(doc.n_k); ++t) {
+    const int64_t j0 = t * kTile;
+    stage_rows<C, T>(s.k + t * shape.k_rows, shape.qk.row, call.k, doc.batch, doc.k_begin, j0, doc.n_k, kv_head,
+                     call.head_dim);
+    stage_rows<C, T>(s.v + t * shape.v_rows, shape.v.row, call.v, doc.batch, doc.k_begin, j0, doc.n_k, kv_head,
+                     call.value_dim);
+    stage_rows<C, T>(s.stage, shape.qk.lanes, call.k, doc.batch, doc.k_begin, j0, doc.n_k, kv_head, call.head_dim);
+    transpose_tile(s.kt + t * shape.kt, s.stage, s.pairs, shape.qk.lanes);
+  }
+}
+
+template <class T>
+float dot_rows(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int n) {
+  float total = 0.0f;
+  int i = 0;
+  if (stride_a == 1 && stride_b == 1) {
+    vf acc = zero();
+    for (; i + W <= n; i += W) acc = fma(load(a + i), load(b + i), acc);
+    if (i < n) acc = fma(load_n(a + i, n - i), load_n(b + i, n - i), acc);
+    return sum(acc);
+  }
+  for (; i < n; ++i) total += to_float(a[i * stride_a]) * to_float(b[i * stride_b]);
+  return total;
+}
+
+// Both packings of q and dO, the row terms and the intervals of every query tile of one head; dq starts at 0.
+template <class T, class C>
+void pack_queries(const BackwardCall& call, const BackwardShape<C>& shape, const Document& doc, int head,
+                  BackwardScratch<C>& s) {
+  const AttentionCall& fwd = call.forward;
+  for (int64_t t = 0; t < tiles_of(doc.n_q); ++t) {
+    const int64_t first = t * kTile;
+    const auto pack = [&](const View& tensor, const Width<C>& width, C* transposed, C* lanes) {
+      stage_rows<C, T>(s.stage, width.row, tensor, doc.batch, doc.q_begin, first, doc.n_q, head, width.d);
+      pack_lanes_transposed(transposed, s.stage, width.words, kTile, width.words);
+      stage_rows<C, T>(s.stage, width.lanes, tensor, doc.batch, doc.q_begin, first, doc.n_q, head, width.d);
+      pack_lanes(lanes, s.stage, width.lanes, kTile, width.lanes);
+    };
+    pack(fwd.q, shape.qk, s.q_t + t * shape.q_lanes_t, s.q + t * shape.q_lanes);
+    pack(call.dout, shape.v, s.do_t + t * shape.do_lanes_t, s.dout + t * shape.do_lanes);
+    s.see[t].fill(doc, fwd.rule, head, first);
+
+    const int64_t lse_row = (doc.batch * fwd.n_heads + head) * fwd.n_rows + doc.q_begin + first;
+    for (int i = 0; i < kTile; ++i) {
+      float* lse2 = s.lse2 + first + i;
+      float* delta = s.delta + first + i;
+      *lse2 = __builtin_inff();  // P = 0 for rows that see nothing and for lanes past the end
+      *delta = 0.0f;
+      if (first + i >= doc.n_q || fwd.lse[lse_row + i] == -__builtin_inff()) continue;
+      const int64_t row = doc.q_begin + first + i;
+      *lse2 = fwd.lse[lse_row + i] * kLog2E;
+      *delta = dot_rows(row_of<T>(call.dout, doc.batch, row, head), call.dout.lane,
+                        row_of<T>(fwd.out, doc.batch, row, head), fwd.out.lane, fwd.value_dim);
+      if (call.dlse) *delta -= call.dlse[lse_row + i];
+    }
+  }
+  memset(s.dq, 0, sizeof(float) * static_cast<size_t>(tiles_of(doc.n_q) * shape.dq));
+}
+
+// From scores and dP to P and dS, in the layouts of the three products that follow.
+template <class C, bool CAPS, bool DROPS>
+void weights_step(const Rule& rule, BackwardScratch<C>& s, const float* lse2, const float* delta) {
+  const vf one = set1(1.0f);
+  const vf per_cap = set1(CAPS ? 1.0f / (rule.softcap * kLog2E) : 0.0f);
+  for (int n = 0; n < kTile; n += W) {
+    const vf row_lse = load(lse2 + n), row_delta = load(delta + n);
+    const auto pair = [&](int at, vf& p, vf& ds) {
+      const vf score = load(s.scores + at);
+      p = exp2_of<Unit<C>::kExpTerms>(sub(score, row_lse));
+      vf dp = load(s.dp + at);
+      if constexpr (DROPS) dp = mul(dp, load(s.factor + at));
+      ds = mul(p, sub(dp, row_delta));
+      if constexpr (CAPS) {  // a hidden score is -inf: its weight is 0, its slope only has to be finite
+        const vf tanh = max(set1(-1.0f), mul(score, per_cap));
+        ds = mul(ds, sub(one, mul(tanh, tanh)));
+      }
+      if constexpr (DROPS) p = mul(p, load(s.factor + at));
+    };
+    for (int r = 0; r < kTile; r += 2) {
+      vf p0, p1, ds0, ds1;
+      const int at = r * kTile + n;
+      pair(at, p0, ds0);
+      pair(at + kTile, p1, ds1);
+      store(s.p + at, p0);
+      store(s.p + at + kTile, p1);
+      store(s.ds + at, ds0);
+      store(s.ds + at + kTile, ds1);
+      if constexpr (Unit<C>::kDepth == 2) store_pairs(s.ds_lanes + r * kTile + 2 * n, ds0, ds1);
+    }
+  }
+}
+
+template <class C>
+void backward_pair(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int head,
+                   int64_t key_tile, int64_t query_tile, BackwardScratch<C>& s) {
+  const AttentionCall& fwd = call.forward;
+  const Document& doc = fwd.documents[document];
+  const Rule& rule = fwd.rule;
+  const TileIntervals& see = s.see[query_tile];
+  const int64_t j0 = key_tile * kTile, first = query_tile * kTile;
+  constexpr int kDepth = kTile / Unit<C>::kDepth;
+
+  gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, s.k + key_tile * shape.k_rows, shape.qk.row,
+                       s.q_t + query_tile * shape.q_lanes_t, kTile, s.scores, kTile, nullptr, score_scale(rule));
+  if (rule.softcap > 0) apply_softcap(s.scores, rule.softcap);
+  if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
+  gemm<C, Start::zero>(kTile, kTile, shape.v.depth, s.v + key_tile * shape.v_rows, shape.v.row,
+                       s.do_t + query_tile * shape.do_lanes_t, kTile, s.dp, kTile);
+  const bool drops = rule.dropout_p > 0, caps = rule.softcap > 0;
+  if (drops) dropout_factors(s.factor, rule, static_cast<uint32_t>(document * fwd.n_heads + head), first, j0);
+  const auto step = caps ? (drops ? weights_step<C, true, true> : weights_step<C, true, false>)
+                         : (drops ? weights_step<C, false, true> : weights_step<C, false, false>);
+  step(rule, s, s.lse2 + first, s.delta + first);
+
+  if (call.dv.data) {
+    gemm<C, Start::add_to>(kTile, shape.v.lanes, kDepth, s.p, kTile, s.dout + query_tile * shape.do_lanes,
+                           shape.v.lanes, s.dv_tile, shape.v.lanes);
+    gemm<C, Start::add_to>(kTile, shape.qk.lanes, kDepth, s.ds, kTile, s.q + query_tile * shape.q_lanes,
+                           shape.qk.lanes, s.dk_tile, shape.qk.lanes);
+  }
+  if (call.dq.data)
+    gemm<C, Start::add_to>(shape.qk.out_rows, kTile, kDepth, s.kt + key_tile * shape.kt, kTile, s.ds_lanes, kTile,
+                           s.dq + query_tile * shape.dq, kTile);
+}
+
+// tile[kTile][lanes] * factor -> the first n rows of dk or dv
+template <class T>
+void store_rows(const View& t, int64_t batch, int64_t row, int head, const float* tile, int64_t lanes, int n, int d,
+                float factor) {
+  const vf scale = set1(factor);
+  for (int i = 0; i < n; ++i) {
+    T* to = static_cast<T*>(t.data) + batch * t.batch + (row + i) * t.row + head * t.head;
+    const float* from = tile + i * lanes;
+    for (int c = 0; c < d; c += W) {
+      const vf x = mul(load(from + c), scale);
+      if (d - c >= W)
+        store(to + c, x);
+      else
+        store_n(to + c, x, d - c);
+    }
+  }
+}
+
+inline void add_tile(float* total, int64_t stride, const float* tile, int lanes, bool is_first) {
+  for (int i = 0; i < kTile; ++i)
+    for (int c = 0; c < lanes; c += W) {
+      const vf x = load(tile + int64_t{i} * lanes + c);
+      store(total + i * stride + c, is_first ? x : add(load(total + i * stride + c), x));
+    }
+}
+
+template <class T, class C>
+void store_key_tile(const BackwardCall& call, const BackwardShape<C>& shape, const Document& doc, int kv_head,
+                    int64_t key_tile, const float* dk, const float* dv, int64_t dk_stride, int64_t dv_stride) {
+  const int64_t row = doc.k_begin + key_tile * kTile;
+  const int n = static_cast<int>(least(kTile, doc.n_k - key_tile * kTile));
+  store_rows<T>(call.dk, doc.batch, row, kv_head, dk, dk_stride, n, call.forward.head_dim, call.forward.rule.scale);
+  store_rows<T>(call.dv, doc.batch, row, kv_head, dv, dv_stride, n, call.forward.value_dim, 1.0f);
+}
+
+// One item. `grads` is where sums over heads go; nullptr if the item is its key/value head's only query head.
+template <class T, class C>
+void backward_item(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int kv_head,
+                   int head_begin, int head_end, float* grads, BackwardScratch<C>& s) {
+  const AttentionCall& fwd = call.forward;
+  const Document& doc = fwd.documents[document];
+  pack_keys<T>(fwd, shape, doc, kv_head, s);
+  float to_dq[kTile];
+  for (float& x : to_dq) x = fwd.rule.scale;
+  for (int head = head_begin; head < head_end; ++head) {
+    pack_queries<T>(call, shape, doc, head, s);
+    for (int64_t kt = 0; kt < tiles_of(doc.n_k); ++kt) {
+      memset(s.dk_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.qk.lanes);
+      memset(s.dv_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.v.lanes);
+      for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
+        if (s.see[qt].touches(kt * kTile)) backward_pair(call, shape, document, head, kt, qt, s);
+      if (!call.dv.data) continue;
+      if (grads) {
+        float* total = grads + kt * kTile * shape.grad_row();
+        add_tile(total, shape.grad_row(), s.dk_tile, shape.qk.lanes, head == head_begin);
+        add_tile(total + shape.qk.lanes, shape.grad_row(), s.dv_tile, shape.v.lanes, head == head_begin);
+      } else {
+        store_key_tile<T>(call, shape, doc, kv_head, kt, s.dk_tile, s.dv_tile, shape.qk.lanes, shape.v.lanes);
+      }
+    }
+    if (!call.dq.data) continue;
+    for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
+      store_transposed<T>(call.dq, doc.batch, doc.q_begin + qt * kTile, head, s.dq + qt * shape.dq, to_dq,
+                          static_cast<int>(least(kTile, doc.n_q - qt * kTile)), fwd.head_dim);
+  }
+}
+
+template <class T>
+bool backward(const BackwardCall& call) {
+  using C = typename ComputeType<T>::type;
+  const AttentionCall& fwd = call.forward;
+  const BackwardShape<C> shape(fwd);
+  const int group = fwd.n_heads / fwd.n_kv_heads;
+  const int64_t n_units = fwd.n_documents * fwd.n_kv_heads;
+  if (n_units == 0) return true;
+  const int shares = static_cast<int>(least(group, (kWantedItems + n_units - 1) / n_units));
+  const int heads_per_share = (group + shares - 1) / shares;
+  double flops = 0;
+  for (int64_t i = 0; i < fwd.n_documents; ++i)
+    flops += 10.0 * fwd.head_dim * fwd.n_heads * static_cast<double>(fwd.documents[i].n_q) *
+             static_cast<double>(fwd.documents[i].n_k);
+  const int threads = flops < kSerialFlops ? 1 : fwd.threads;
+
+  const bool drops = fwd.rule.dropout_p > 0, own_sums = group > 1 && shares == 1;
+  BackwardScratch<C> measure;
+  const int64_t scratch_bytes = measure.lay_out(nullptr, shape, drops, own_sums);
+  // partial sums of every share, tile by tile, where a key/value head has several
+  const int64_t unit_floats = shape.key_tiles * kTile * shape.grad_row();
+  const int64_t partial_bytes = shares > 1 ? n_units * shares * unit_floats * int64_t{sizeof(float)} : 0;
+  char* workspace = take_workspace(threads * scratch_bytes + partial_bytes);
+  if (!workspace) return false;
+  float* partial = reinterpret_cast<float*>(workspace + threads * scratch_bytes);
+
+  int64_t items_taken = 0, sums_taken = 0;
+  run_team(threads, [&](const Team& team) {
+    BackwardScratch<C> s;
+    s.lay_out(workspace + team.id * scratch_bytes, shape, drops, own_sums);
+    for (int64_t item; (item = take_next(&items_taken)) < n_units * shares;) {
+      const int64_t unit = item / shares;
+      const int kv_head = static_cast<int>(unit % fwd.n_kv_heads), share = static_cast<int>(item % shares);
+      const int begin = share * heads_per_share;
+      const int end = begin + heads_per_share < group ? begin + heads_per_share : group;
+      float* grads = shares > 1 ? partial + item * unit_floats : s.grads;
+      backward_item<T>(call, shape, unit / fwd.n_kv_heads, kv_head, kv_head * group + begin, kv_head * group + end,
+                       grads, s);
+      if (!own_sums || !call.dv.data) continue;
+      const Document& doc = fwd.documents[unit / fwd.n_kv_heads];
+      for (int64_t kt = 0; kt < tiles_of(doc.n_k); ++kt) {
+        const float* total = grads + kt * kTile * shape.grad_row();
+        store_key_tile<T>(call, shape, doc, kv_head, kt, total, total + shape.qk.lanes, shape.grad_row(),
+                          shape.grad_row());
+      }
+    }
+    if (shares == 1 || !call.dv.data) return;
+    team.barrier();
+    const int used = (group + heads_per_share - 1) / heads_per_share;
+    for (int64_t item; (item = take_next(&sums_taken)) < n_units * shape.key_tiles;) {
+      const int64_t unit = item / shape.key_tiles, kt = item % shape.key_tiles;
+      const Document& doc = fwd.documents[unit / fwd.n_kv_heads];
+      if (kt >= tiles_of(doc.n_k)) continue;
+      const int64_t tile_floats = kTile * shape.grad_row();
+      float* total = partial + unit * shares * unit_floats + kt * tile_floats;
+      for (int share = 1; share < used; ++share) {
+        const float* more = total + share * unit_floats;
+        for (int64_t i = 0; i < tile_floats; i += W) store(total + i, add(load(total + i), load(more + i)));
+      }
+      store_key_tile<T>(call, shape, doc, static_cast<int>(unit % fwd.n_kv_heads), kt, total, total + shape.qk.lanes,
+                        shape.grad_row(), shape.grad_row());
+    }
+  });
+  give_workspace(workspace);
+  return true;
+}
+
+}  // namespace
+
+namespace TW_ISA {
+
+bool attention_backward(const BackwardCall& call) {
+  switch (call.forward.dtype) {
+    case DType::f32: return backward<float>(call);
+    case DType::bf16: return backward<bf16>(call);
+    default: return backward<f16>(call);
+  }
+}
+
+}  // namespace TW_ISA
+}  // namespace tw

@@ -1,0 +1,140 @@
+// Small matrix products on packed tiles, and the packing.
+//
+//   C[m][n] (float)  =  sum_k A[m][k] B[k][n]
+//
+// A is row-major and is broadcast element by element (pair by pair in bf16), B is packed as lanes:
+//   float  B[k][n]                      row-major
+//   bf16   B[k / 2][n][2]               rows 2 k and 2 k + 1 interleaved
+// so one microkernel serves every product of an attention tile, forward and backward.
+#pragma once
+
+#include "common/vec.h"
+
+namespace tw {
+namespace {
+
+constexpr int kMicroRows = 4;
+
+enum class Start { zero, add_to, rescale };  // C = AB,  C += AB,  C = C * lane_scale[n] + AB
+
+// ROWS x (VECTORS * W) of C. depth counts units (elements or pairs) of k; ldb counts lanes.
+template <class C, int ROWS, int VECTORS, Start START>
+inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c, int64_t ldc,
+                       const float* lane_scale, float out_scale) {
+  using U = Unit<C>;
+  vf acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      if constexpr (START == Start::zero) acc[r][v] = zero();
+      if constexpr (START == Start::add_to) acc[r][v] = load(c + r * ldc + v * W);
+      if constexpr (START == Start::rescale)
+        acc[r][v] = mul(load(c + r * ldc + v * W), load(lane_scale + v * W));
+    }
+  for (int k = 0; k < depth; ++k) {
+    decltype(U::lanes(b)) lanes[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) lanes[v] = U::lanes(b + v * W * U::kDepth);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const auto one = U::broadcast(a + r * lda + k * U::kDepth);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = U::mac(acc[r][v], one, lanes[v]);
+    }
+    b += ldb * U::kDepth;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      if constexpr (START == Start::zero)
+        store(c + r * ldc + v * W, mul(acc[r][v], set1(out_scale)));
+      else
+        store(c + r * ldc + v * W, acc[r][v]);
+    }
+}
+
+template <class C, int VECTORS, Start START>
+inline void gemm_strip(int rows, int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
+                       int64_t ldc, const float* lane_scale, float out_scale) {
+  for (int r = 0; r < rows; r += kMicroRows)
+    micro_gemm<C, kMicroRows, VECTORS, START>(depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, lane_scale,
+                                              out_scale);
+}
+
+// rows: a multiple of kMicroRows; lanes: a multiple of W, at most ldb and ldc; depth in units of C.
+// lane_scale belongs to Start::rescale, out_scale to Start::zero.
+template <class C, Start START>
+inline void gemm(int rows, int lanes, int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
+                 int64_t ldc, const float* lane_scale = nullptr, float out_scale = 1.0f) {
+  constexpr int kStep = kMicroVectors * W;
+  int n = 0;
+  for (; n + kStep <= lanes; n += kStep)
+    gemm_strip<C, kMicroVectors, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc,
+                                        lane_scale + n, out_scale);
+  if constexpr (kMicroVectors > 2)
+    for (; n + 2 * W <= lanes; n += 2 * W)
+      gemm_strip<C, 2, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc, lane_scale + n,
+                              out_scale);
+  for (; n < lanes; n += W)
+    gemm_strip<C, 1, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc, lane_scale + n,
+                            out_scale);
+}
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// One row of `n` elements at any stride -> contiguous C, zeros up to `padded`.
+template <class C, class T>
+inline void copy_row(C* to, const T* from, int64_t stride, int n, int padded) {
+  int i = 0;
+  if (stride == 1) {
+    if constexpr (sizeof(C) == sizeof(T)) {  // no conversion: float from float, bf16 from bf16
+      memcpy(to, from, sizeof(C) * static_cast<size_t>(n));
+      i = n;
+    } else {
+      for (; i + W <= n; i += W) store(to + i, load(from + i));
+      if (i < n) {
+        store_n(to + i, load_n(from + i, n - i), n - i);
+        i = n;
+      }
+    }
+  } else {
+    for (; i < n; ++i) to[i] = from_float<C>(to_float(from[i * stride]));
+  }
+  for (; i < padded; ++i) to[i] = from_float<C>(0.0f);
+}
+
+// 32-bit transpose: to[c][r] = from[r][c]; rows and cols are multiples of W.
+inline void transpose_words(float* to, int64_t ld_to, const float* from, int64_t ld_from, int rows, int cols) {
+  for (int r = 0; r < rows; r += W)
+    for (int c = 0; c < cols; c += W) {
+      vf block[W];
+      for (int i = 0; i < W; ++i) block[i] = load(from + (r + i) * ld_from + c);
+      transpose(block);
+      for (int i = 0; i < W; ++i) store(to + (c + i) * ld_to + r, block[i]);
+    }
+}
+
+// Lane packing of a transpose: rows[n][k] -> B[k / depth][n][depth] with B[k][n] = rows[n][k].
+// n_rows and k_words are multiples of W, where k_words counts 32-bit words of a row.
+template <class C>
+inline void pack_lanes_transposed(C* b, const C* rows, int64_t row_words, int n_rows, int k_words) {
+  transpose_words(reinterpret_cast<float*>(b), n_rows, reinterpret_cast<const float*>(rows), row_words, n_rows,
+                  k_words);
+}
+
+// Lane packing as it stands: rows[k][n] -> B[k / depth][n][depth]; n_rows even, n_cols a multiple of W.
+inline void pack_lanes(float* b, const float* rows, int64_t row_stride, int n_rows, int n_cols) {
+  for (int k = 0; k < n_rows; ++k)
+    for (int n = 0; n < n_cols; n += W) store(b + static_cast<int64_t>(k) * n_cols + n, load(rows + k * row_stride + n));
+}
+inline void pack_lanes(bf16* b, const bf16* rows, int64_t row_stride, int n_rows, int n_cols) {
+  for (int k = 0; k < n_rows; k += 2)
+    for (int n = 0; n < n_cols; n += W)
+      store_pairs(b + static_cast<int64_t>(k) * n_cols + 2 * n, load(rows + k * row_stride + n),
+                  load(rows + (k + 1) * row_stride + n));
+}
+
+}  // namespace
+}  // namespace tw
