@@ -31,11 +31,12 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # these two own their options
+    # these two own their other options
+    rest = [a for a in arguments[1:] if a != "--debug"]
     if arguments[:1] == ["doctor"]:
-        return _guarded("doctor", "--debug" in arguments, lambda: _doctor(arguments[1:]))
+        return _guarded("doctor", "--debug" in arguments, lambda: _doctor(rest))
     if arguments[:1] == ["bench"]:
-        return _guarded("bench", "--debug" in arguments, lambda: _bench(arguments[1:]))
+        return _guarded("bench", "--debug" in arguments, lambda: _bench(rest))
     args = _parser().parse_args(arguments)
     return _guarded(args.command, args.debug, lambda: args.run(args))
 

@@ -164,15 +164,17 @@ def add_lora(model: nn.Module, options: TrainOptions):
     whole = _modules_named(model, options.train) if options.train else None
     # a head that shares the embedding's weight goes on sharing it
     is_tied = bool(whole) and getattr(model.config, "tie_word_embeddings", False)
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM", r=options.lora_rank,
-            lora_alpha=options.lora_alpha or 2 * options.lora_rank,
-            lora_dropout=options.lora_dropout, target_modules=targets, modules_to_save=whole,
-            ensure_weight_tying=is_tied,
-        ),
-    )  # fmt: skip
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        modules_to_save=whole,
+        ensure_weight_tying=is_tied,
+    )
+    with pretrained.quiet_transformers():
+        return peft.get_peft_model(model, config)
 
 
 def _is_linear(module: nn.Module) -> bool:
