@@ -9,11 +9,12 @@ namespace py = pybind11;
 
 namespace {
 
-double measured(double (*ceiling)(int64_t, int), int64_t rounds, int threads) {
+template <double (*CEILING)(int64_t, int)>
+double measured(int64_t rounds, int threads) {
   TW_CHECK(rounds >= 0, "ceiling: rounds is ", rounds, ", need at least 0");
   TW_CHECK(threads >= 1, "ceiling: threads is ", threads, ", need at least 1");
   py::gil_scoped_release release;
-  return ceiling(rounds, threads);
+  return CEILING(rounds, threads);
 }
 
 double read_sum(int64_t address, int64_t n, int streams, int threads) {
@@ -33,10 +34,8 @@ double read_sum(int64_t address, int64_t n, int streams, int threads) {
 }  // namespace
 
 void register_ceilings(py::module_& m) {
-  m.def("ceiling_fma", [](int64_t rounds, int threads) { return measured(&tw::ceiling_fma, rounds, threads); });
-  m.def("ceiling_bf16_dot",
-        [](int64_t rounds, int threads) { return measured(&tw::ceiling_bf16_dot, rounds, threads); });
-  m.def("ceiling_int8_dot",
-        [](int64_t rounds, int threads) { return measured(&tw::ceiling_int8_dot, rounds, threads); });
+  m.def("ceiling_fma", &measured<tw::ceiling_fma>);
+  m.def("ceiling_bf16_dot", &measured<tw::ceiling_bf16_dot>);
+  m.def("ceiling_int8_dot", &measured<tw::ceiling_int8_dot>);
   m.def("ceiling_read", &read_sum);
 }

@@ -22,9 +22,9 @@ static py::object why_not(int device) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return py::str(cudaGetErrorString(error));
   if (major != kMajor || minor != kMinor)
-    return py::str("CUDA device " + std::to_string(device) + " has compute capability " + std::to_string(major) +
-                   "." + std::to_string(minor) + ", need " + std::to_string(kMajor) + "." +
-                   std::to_string(kMinor));
+    return py::str("CUDA device " + std::to_string(device) + " has compute capability " +
+                   std::to_string(major) + "." + std::to_string(minor) + ", need " + std::to_string(kMajor) +
+                   "." + std::to_string(kMinor));
   return py::none();
 }
 

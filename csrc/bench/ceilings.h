@@ -5,8 +5,8 @@
 
 namespace tw {
 
-// Each runs `rounds` rounds of independent multiply-adds on each of `threads` threads and returns the number of
-// operations done (a multiplication and an addition are two), or 0 if the level has no such instruction.
+// Each runs `rounds` rounds of independent multiply-adds on each of `threads` threads and returns the number
+// of operations done (a multiplication and an addition are two), or 0 without such an instruction.
 double ceiling_fma(int64_t rounds, int threads);       // float32
 double ceiling_bf16_dot(int64_t rounds, int threads);  // pairs of bfloat16 into float32
 double ceiling_int8_dot(int64_t rounds, int threads);  // fours of int8 into int32
