@@ -236,7 +236,7 @@ def test_a_position_bias_stays_stock():
         tw.accelerate(T5ForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral, window", "gpt_oss, sinks and windows"])
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gemma2, softcap and windows"])
 def test_compiled_in_one_graph(name, clean_memory):
     model = tiny.seeded(tiny.DECODERS[name], attn_implementation="eager")
     ids, mask = tiny.tokens(), tiny.padding("right")

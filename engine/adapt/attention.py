@@ -119,21 +119,22 @@ def _why_not_layer_rule(module, config, names) -> str | None:
         return f"its layer type is {kind}"
     if not getattr(module, "is_causal", True):
         return None  # windows to both sides are written out, never read from the argument
-    slides = getattr(config, "sliding_window", None) is not None
-    if layer_types:
-        slides = slides and "sliding_attention" in layer_types
-    if not slides:
+    width = getattr(config, "sliding_window", None)
+    if width is None or (layer_types and "sliding_attention" not in layer_types):
+        return None
+    hands_over = "sliding_window" in names
+    if kind == "full_attention":
+        if hands_over and getattr(module, "sliding_window", width) is not None:
+            return "it hands over a sliding window in a layer of full attention"
         return None
     masked = any(
         hasattr(inspect.getmodule(cls), "create_sliding_window_causal_mask")
         for cls in type(module).__mro__
     )
-    if masked and "sliding_window" not in names:
+    if masked and not hands_over:
         return "its mask has a sliding window that it does not hand over"
-    if not masked and "sliding_window" in names:
+    if hands_over and not masked:
         return "it hands over a sliding window that its mask does not have"
-    if kind == "full_attention" and getattr(module, "sliding_window", None) is not None:
-        return "it hands over a sliding window in a layer of full attention"
     return None
 
 

@@ -68,7 +68,7 @@ def tilewright_attention(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    window = sliding_window if is_causal else None
+    window = sliding_window if is_causal and sliding_window else None
 
     reason = _why_stock(settings, query, key, value, attention_mask, extra)
     if reason is not None:

@@ -24,9 +24,11 @@ from transformers import masking_utils as stock
 _AND = stock.and_masks(stock.causal_mask_function).__code__
 _SLIDING = stock.sliding_window_overlay(1).__code__
 _SAME_DOCUMENT = stock.packed_sequence_mask_function(torch.zeros(1, 1)).__code__
-_OWN_POSITIONS = stock.remap_positions_for_packed_sequence(
-    stock.causal_mask_function, torch.zeros(1, 1)
-).__code__
+# the rule on positions that restart with each document; transformers 5.17 has none: there the rule
+# is joined as it is, which sees the same pairs
+_OWN_POSITIONS = getattr(stock, "remap_positions_for_packed_sequence", None)
+if _OWN_POSITIONS is not None:
+    _OWN_POSITIONS = _OWN_POSITIONS(stock.causal_mask_function, torch.zeros(1, 1)).__code__
 
 
 def tilewright_mask(
@@ -109,13 +111,15 @@ def _rule(mask_function, options, compiling) -> str | None:
         if chunked or "allow_is_bidirectional_skip" in options:
             return None
         return "causal" if options.get("allow_is_causal_skip", True) else "packed"
-    parts = _parts(mask_function)
     if _is_causal(mask_function):
         return "causal"
-    if [part.__code__ for part in parts] == [_SAME_DOCUMENT, _OWN_POSITIONS]:
-        if _is_causal(_held(parts[1], "mask_function")):
-            return "packed"
-    return None
+    parts = _parts(mask_function)
+    within = [part for part in parts if part.__code__ is not _SAME_DOCUMENT]
+    if len(parts) != 2 or len(within) != 1:
+        return None
+    if within[0].__code__ is _OWN_POSITIONS:
+        within = [_held(within[0], "mask_function")]
+    return "packed" if _is_causal(within[0]) else None
 
 
 def _is_causal(mask_function) -> bool:
