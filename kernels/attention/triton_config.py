@@ -34,7 +34,7 @@ def forward_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
     if capability is None:
         return _INTERPRETED
     if dtype == torch.float32:
-        return Tiles(64, 32, 8, 2) if width <= 64 else Tiles(32, 32, 8, 2)
+        return Tiles(32, 64, 8, 2) if width <= 128 else Tiles(16, 64, 8, 1)
     if capability >= (9, 0):
         if width <= 64:
             return Tiles(128, 128, 8, 3)
@@ -42,17 +42,17 @@ def forward_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
             return Tiles(128, 128, 8, 2)
         return Tiles(128, 64, 8, 2)
     if width <= 64:
-        return Tiles(128, 64, 4, 3)
+        return Tiles(128, 64, 8, 3)
     if width <= 128:
         return Tiles(128, 64, 8, 2)
-    return Tiles(64, 32, 4, 2)
+    return Tiles(64, 32, 8, 2)
 
 
 def dq_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
     if capability is None:
         return _INTERPRETED
     if dtype == torch.float32:
-        return Tiles(32, 32, 8, 1)
+        return Tiles(32, 64, 8, 1) if width <= 128 else Tiles(16, 32, 8, 1)
     if capability >= (9, 0):
         if width <= 64:
             return Tiles(128, 128, 8, 2)
@@ -70,13 +70,11 @@ def dkv_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
     if capability is None:
         return Tiles(queries=16, keys=32, num_warps=4, num_stages=1)
     if dtype == torch.float32:
-        return Tiles(32, 32, 8, 1)
+        return Tiles(32, 32, 8, 1) if width <= 128 else Tiles(16, 32, 8, 1)
     if capability >= (9, 0):
-        if width <= 64:
-            return Tiles(64, 128, 8, 2)
         if width <= 128:
             return Tiles(64, 128, 8, 2)
-        return Tiles(32, 128, 8, 2)
+        return Tiles(32, 64, 8, 2)
     if width <= 64:
         return Tiles(32, 128, 8, 2)
     if width <= 128:
@@ -84,6 +82,24 @@ def dkv_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
     return Tiles(32, 64, 8, 1)
 
 
-def dkv_passes(dtype: torch.dtype, width: int) -> tuple[tuple[bool, bool], ...]:
+def dkv_passes(width: int) -> tuple[tuple[bool, bool], ...]:
     """(wants dK, wants dV) of each launch: past 128 columns two accumulators do not fit registers."""
     return ((True, False), (False, True)) if width > 128 else ((True, True),)
+
+
+@dataclass(frozen=True)
+class DecodeTiles(Tiles):
+    """chunk: how many keys one partial result covers; results depend on it, so it is fixed."""
+
+    chunk: int = 256
+
+
+def decode_tiles(capability, dtype: torch.dtype, width: int, n_rows: int) -> DecodeTiles:
+    """n_rows: queries times the query heads of one kv head, which share each tile of keys."""
+    if capability is None:
+        return DecodeTiles(queries=16, keys=16, num_warps=4, num_stages=1, chunk=32)
+    queries = 16 if n_rows <= 16 else 32 if n_rows <= 32 else 64
+    if dtype == torch.float32:
+        return DecodeTiles(16, 32, 4, 2)
+    keys = 64 if width <= 128 else 32
+    return DecodeTiles(queries, keys, 4, 3)

@@ -18,6 +18,10 @@ from tilewright.ops.attention.triton_backward import (
     attention_dq_kernel,
     attention_row_terms_kernel,
 )
+from tilewright.ops.attention.triton_decode import (
+    attention_combine_kernel,
+    attention_decode_kernel,
+)
 from tilewright.ops.attention.triton_forward import attention_forward_kernel, live_range_kernel
 
 _UNLIMITED = 2**30  # a window or group wider than any document; sums with positions stay in int32
@@ -255,7 +259,7 @@ def backward_launches(
                 tiles.num_warps, tiles.num_stages, q.device,
             )  # fmt: skip
         )
-    for wants_dk, wants_dv in config.dkv_passes(p.dtype, width) if dk is not None else ():
+    for wants_dk, wants_dv in config.dkv_passes(width) if dk is not None else ():
         tiles = config.dkv_tiles(capability, p.dtype, width)
         n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
         arguments = shared(tiles, n_slots)
@@ -287,3 +291,62 @@ def backward(dout, dlse, q, k, v, out, lse, p: Problem, needs_dq: bool, needs_dk
     for launch in launches:
         launch.run()
     return -dq if negated else dq, dk, dv
+
+
+def decode_launches(
+    q, k, v, out, lse, p: Problem, capability, num_splits: int, n_processors: int
+) -> list[Launch]:
+    """The launches of one decode step, in order; num_splits 0 chooses."""
+    page = 0 if p.page_table is None else k.shape[1]
+    n_slots = k.shape[1] if p.page_table is None else p.page_table.shape[1] * page
+    block_d, block_dv = config.block_width(p.head_dim), config.block_width(p.value_dim)
+    n_rows = p.n_queries * p.queries_per_kv_head
+    tiles = config.decode_tiles(capability, p.dtype, max(block_d, block_dv), n_rows)
+    n_packs = -(-n_rows // tiles.queries)
+    n_chunks = max(-(-n_slots // tiles.chunk), 1)
+    n_shares = p.batch * p.n_kv_heads * n_packs
+    if num_splits == 0:  # about four programs a processor hide each other's latency
+        num_splits = -(-4 * n_processors // max(n_shares, 1))
+    n_splits = min(num_splits, n_chunks)
+    n_places = p.batch * p.n_heads * p.n_queries
+    partial = torch.empty(n_places, n_chunks, p.value_dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(n_places, n_chunks, dtype=torch.float32, device=q.device)
+    window_left = _UNLIMITED if p.window_left < 0 else min(p.window_left, _UNLIMITED)
+    shared = dict(
+        key_starts_ptr=p.key_starts, key_lengths_ptr=p.key_lengths,
+        partial_ptr=partial, partial_lse_ptr=partial_lse,
+        n_queries=p.n_queries, n_slots=n_slots, n_heads=p.n_heads,
+        queries_per_kv_head=p.queries_per_kv_head, n_chunks=n_chunks, window_left=window_left,
+        DV=p.value_dim, BLOCK_DV=block_dv, BLOCK_Q=tiles.queries, CHUNK=tiles.chunk,
+    )  # fmt: skip
+    table = p.page_table
+    decode = dict(
+        q=q, k=k, v=v, page_table_ptr=table, **_strides("q", q), **_strides("k", k),
+        **_strides("v", v), table_stride_b=0 if table is None else table.stride(0),
+        table_stride_p=0 if table is None else table.stride(1),
+        n_splits=n_splits, n_packs=n_packs, scale=p.scale, softcap=p.softcap,
+        D=p.head_dim, BLOCK_D=block_d, BLOCK_K=tiles.keys, PAGE=page,
+        IS_CAUSAL=p.is_causal, HAS_SOFTCAP=p.softcap > 0, **shared,
+    )  # fmt: skip
+    combine = dict(
+        sinks_ptr=p.sinks, out_ptr=out, lse_ptr=lse, CHUNKS=16, HAS_SINKS=p.sinks is not None,
+        **shared,
+    )  # fmt: skip
+    return [
+        Launch(attention_decode_kernel, n_splits * n_shares, decode,
+               tiles.num_warps, tiles.num_stages, q.device),
+        Launch(attention_combine_kernel, n_places, combine, device=q.device),
+    ]  # fmt: skip
+
+
+def decode(q, k, v, p: Problem, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, Lq, H, Dv) in q.dtype and lse (B, H, Lq) in float32; num_splits 0 chooses."""
+    capability = _capability(q)
+    n_processors = 4
+    if capability is not None:
+        n_processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    out = q.new_empty(p.batch, p.n_queries, p.n_heads, p.value_dim)
+    lse = q.new_empty(p.batch, p.n_heads, p.n_queries, dtype=torch.float32)
+    for launch in decode_launches(q, k, v, out, lse, p, capability, num_splits, n_processors):
+        launch.run()
+    return out, lse
