@@ -185,8 +185,8 @@ void backward(const std::string& dtype, const py::tuple& dout, int64_t dlse, con
 // (pages_per_row, page_size, n_pages): n_pages bounds the table's entries
 void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
             const py::tuple& out, int64_t lse, const py::tuple& extents, const py::tuple& rule_values,
-            int64_t page_table, const py::tuple& pages, int64_t key_starts, int64_t key_lengths, int64_t sinks,
-            int splits, int threads) {
+            int64_t page_table, const py::tuple& pages, int64_t key_starts, int64_t key_lengths, int64_t key_mask,
+            int64_t sinks, int splits, int threads) {
   const Extents e = extents_of(extents);
   check_extents(e);
   tw::DecodeCall call;
@@ -208,6 +208,7 @@ void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, co
   const int64_t n_pages = pages[2].cast<int64_t>();
   call.key_starts = pointer<const int32_t>(key_starts);
   call.key_lengths = pointer<const int32_t>(key_lengths);
+  call.live = pointer<const uint8_t>(key_mask);
   call.rule = rule_of(rule_values);
   call.sinks = pointer<const float>(sinks);
   call.splits = splits;

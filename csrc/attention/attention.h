@@ -70,7 +70,8 @@ struct DecodeCall {
   int64_t pages_per_row, page_size;
   const int32_t* key_starts;      // (batch)
   const int32_t* key_lengths;     // (batch)
-  Rule rule;                      // scale, softcap, is_causal, window_left
+  const uint8_t* live;            // (batch, page_size) flags, or nullptr; without page_table only
+  Rule rule;                      // scale, softcap, is_causal, windows
   const float* sinks;
   int splits;                     // 0: as many as threads
   int threads;

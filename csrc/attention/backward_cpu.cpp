@@ -87,11 +87,9 @@ void pack_keys(const AttentionCall& call, const BackwardShape<C>& shape, const D
                BackwardScratch<C>& s) {
   for (int64_t t = 0; t < tiles_of(doc.n_k); ++t) {
     const int64_t j0 = t * kTile;
-    stage_rows<C, T>(s.k + t * shape.k_rows, shape.qk.row, call.k, doc.batch, doc.k_begin, j0, doc.n_k, kv_head,
-                     call.head_dim);
-    stage_rows<C, T>(s.v + t * shape.v_rows, shape.v.row, call.v, doc.batch, doc.k_begin, j0, doc.n_k, kv_head,
-                     call.value_dim);
-    stage_rows<C, T>(s.stage, shape.qk.lanes, call.k, doc.batch, doc.k_begin, j0, doc.n_k, kv_head, call.head_dim);
+    stage_key_rows<C, T>(s.k + t * shape.k_rows, shape.qk.row, call.k, doc, j0, kv_head, call.head_dim);
+    stage_key_rows<C, T>(s.v + t * shape.v_rows, shape.v.row, call.v, doc, j0, kv_head, call.value_dim);
+    stage_key_rows<C, T>(s.stage, shape.qk.lanes, call.k, doc, j0, kv_head, call.head_dim);
     transpose_tile(s.kt + t * shape.kt, s.stage, s.pairs, shape.qk.lanes);
   }
 }

@@ -71,10 +71,8 @@ template <class T, class C>
 void pack_key_tile(const AttentionCall& call, const ForwardShape<C>& shape, const Document& doc, int kv_head,
                    int64_t tile, const PackedUnit<C>& unit, ForwardScratch<C>& scratch) {
   const int64_t j0 = tile * kTile;
-  stage_rows<C, T>(unit.k + tile * shape.k_tile, shape.qk.row, call.k, doc.batch, doc.k_begin, j0, doc.n_k, kv_head,
-                   call.head_dim);
-  stage_rows<C, T>(scratch.stage, shape.v.lanes, call.v, doc.batch, doc.k_begin, j0, doc.n_k, kv_head,
-                   call.value_dim);
+  stage_key_rows<C, T>(unit.k + tile * shape.k_tile, shape.qk.row, call.k, doc, j0, kv_head, call.head_dim);
+  stage_key_rows<C, T>(scratch.stage, shape.v.lanes, call.v, doc, j0, kv_head, call.value_dim);
   transpose_tile(unit.vt + tile * shape.v_tile, scratch.stage, scratch.pairs, shape.v.lanes);
 }
 

@@ -81,6 +81,10 @@ struct TileIntervals {
   bool all_see(int64_t j0) const { return lo_max <= j0 && j0 + kTile <= hi_min; }
 };
 
+inline bool key_is_live(const Document& doc, int64_t j) {
+  return doc.live_begin <= j && j < doc.live_end && (!doc.live || doc.live[j]);
+}
+
 inline bool tile_is_live(const Document& doc, int64_t j0) {
   if (!doc.live) return true;
   const int64_t end = least(j0 + kTile, doc.n_k);
@@ -107,7 +111,7 @@ inline void mask_tile(float* scores, const TileIntervals& see, const Document& d
   for (int r = 0; r < kTile; ++r) {
     const int64_t j = j0 + r;
     float* row = scores + r * kTile;
-    if (j >= doc.n_k || (doc.live && !doc.live[j])) {
+    if (!key_is_live(doc, j)) {
       for (int n = 0; n < kTile; n += W) store(row + n, hidden);
       continue;
     }

@@ -56,6 +56,15 @@ inline void stage_rows(C* to, int width, const View& t, int64_t batch, int64_t b
   }
 }
 
+// The same for keys or values: dead keys become zeros, so that nothing in them can reach a result (0 * NaN).
+template <class C, class T>
+inline void stage_key_rows(C* to, int width, const View& t, const Document& doc, int64_t first, int head, int d) {
+  stage_rows<C, T>(to, width, t, doc.batch, doc.k_begin, first, doc.n_k, head, d);
+  if (doc.live_begin <= first && first + kTile <= doc.live_end && !doc.live) return;
+  for (int i = 0; i < kTile; ++i)
+    if (!key_is_live(doc, first + i)) memset(to + int64_t{i} * width, 0, sizeof(C) * static_cast<size_t>(width));
+}
+
 // Row-major tile rows[kTile][lanes] -> its transpose at[lanes][kTile], row-major. `pairs` is scratch of the
 // tile's size. In bf16 two rows are interleaved first, so that the transpose moves whole words.
 inline void transpose_tile(float* at, const float* rows, float*, int lanes) {

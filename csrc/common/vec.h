@@ -174,6 +174,21 @@ inline void transpose(vf (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
+// lane i = the sum of r[i]'s lanes
+inline vf sum_each(const vf (&r)[16]) {
+  vf x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // rows 4 i .. 4 i + 3, in every 128-bit lane
+    const vf ab = add(_mm512_unpacklo_ps(r[4 * i], r[4 * i + 1]), _mm512_unpackhi_ps(r[4 * i], r[4 * i + 1]));
+    const vf cd = add(_mm512_unpacklo_ps(r[4 * i + 2], r[4 * i + 3]), _mm512_unpackhi_ps(r[4 * i + 2], r[4 * i + 3]));
+    const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
+    x[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+  }
+  const vf p = add(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+  const vf q = add(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
+  return add(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+}
+
 #elif defined(TW_ISA_avx2)
 
 constexpr int W = 8;
@@ -276,6 +291,16 @@ inline void transpose(vf (&r)[8]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
+inline vf sum_each(const vf (&r)[8]) {
+  vf x[2];
+  for (int i = 0; i < 2; ++i) {
+    const vf ab = add(_mm256_unpacklo_ps(r[4 * i], r[4 * i + 1]), _mm256_unpackhi_ps(r[4 * i], r[4 * i + 1]));
+    const vf cd = add(_mm256_unpacklo_ps(r[4 * i + 2], r[4 * i + 3]), _mm256_unpackhi_ps(r[4 * i + 2], r[4 * i + 3]));
+    x[i] = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  }
+  return add(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
+}
+
 #else  // portable: the compiler's own four-float vectors, any processor
 
 constexpr int W = 4;
@@ -337,6 +362,7 @@ inline void transpose(vf (&r)[4]) {
   const vf a = r[0], b = r[1], c = r[2], d = r[3];
   for (int i = 0; i < 4; ++i) r[i] = vf{a[i], b[i], c[i], d[i]};
 }
+inline vf sum_each(const vf (&r)[4]) { return vf{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])}; }
 
 #endif
 

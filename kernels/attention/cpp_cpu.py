@@ -9,6 +9,7 @@ from tilewright.ops.attention.problem import Problem
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_VIEW = (0, 0, 0, 0, 0)
+DECODE_ROWS = 16  # queries times heads that share a key: more are faster as a tile of the forward
 
 
 def why_not(p: Problem) -> str | None:
@@ -16,8 +17,6 @@ def why_not(p: Problem) -> str | None:
         return f"tensors are on {p.device}"
     if p.dtype not in NAMES:
         return f"no kernel for {p.dtype}"
-    if p.key_lengths is not None:
-        return "it has no decode kernel yet"
     try:
         native()
     except (ImportError, RuntimeError, ValueError) as error:
@@ -74,7 +73,27 @@ def _outputs(q, v, p: Problem):
     return out, lse
 
 
+def _is_decode(p: Problem) -> bool:
+    """Few queries over keys that lie in order: the decode kernel reads k and v once, unpacked.
+
+    A matter of shape and rule alone, so that a row's result cannot depend on its batch.
+    """
+    return (
+        p.cu_seqlens_q is None
+        and not p.group_size
+        and not p.dropout_p
+        and p.n_queries * p.queries_per_kv_head <= DECODE_ROWS
+    )
+
+
 def forward(q, k, v, p: Problem):
+    if _is_decode(p):
+        rows = torch.int32
+        everything = p.with_(
+            key_starts=torch.zeros(p.batch, dtype=rows),
+            key_lengths=torch.full((p.batch,), p.n_keys, dtype=rows),
+        )
+        return decode(q, k, v, everything, 0)
     out, lse = _outputs(q, v, p)
     held = _Held(p)
     native().attention_forward(
@@ -105,14 +124,14 @@ def backward(dout, dlse, q, k, v, out, lse, p: Problem, needs_dq: bool, needs_dk
 
 def decode(q, k, v, p: Problem, num_splits: int):
     out, lse = _outputs(q, v, p)
-    sinks = None if p.sinks is None else p.sinks.float().contiguous()
+    held = _Held(p)
     table = None if p.page_table is None else p.page_table.contiguous()
     starts, lengths = p.key_starts.contiguous(), p.key_lengths.contiguous()
     pages_per_row = 1 if table is None else table.shape[1]
     native().attention_decode(
         NAMES[p.dtype], _view(q), _view(k), _view(v), _view(out), lse.data_ptr(), _extents(p),
         _rule(p), _address(table), (pages_per_row, k.shape[1], k.shape[0]),
-        starts.data_ptr(), lengths.data_ptr(), _address(sinks), num_splits,
-        torch.get_num_threads(),
+        starts.data_ptr(), lengths.data_ptr(), _address(held.mask), _address(held.sinks),
+        num_splits, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
