@@ -109,8 +109,8 @@ def write_png(path: Path, report: dict) -> bool:
 
     phases = report["phases"]
     train, extend, made = phases["train"], phases["extend"], phases["generate"]
-    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.2))
-    curves, long_curves, bars, quality = axes
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8))
+    curves, long_curves, bars, quality = axes.flat
     styles = {"stock": {"color": "tab:gray", "linewidth": 3}, "tilewright": {"color": "tab:red"}}
     for axis, phase, title in (
         (curves, train, f"training from scratch, {train['context']} tokens"),
@@ -136,13 +136,14 @@ def write_png(path: Path, report: dict) -> bool:
     bars.bar_label(drawn, fmt="%.2fx")
     bars.axhline(1.0, color="tab:gray", linewidth=2)
     bars.set(title="speed, stock = 1", ylabel="times as fast as stock")
-    bars.tick_params(axis="x", labelsize=8)
+    bars.margins(y=0.12)
 
-    names = [name.replace(", ", "\n") for name in extend["perplexity"]]
-    drawn = quality.bar(names, list(extend["perplexity"].values()), color="tab:blue")
-    quality.bar_label(drawn, fmt="%.1f")
-    quality.set(title=f"perplexity at {extend['context']} tokens", yscale="log")
-    quality.tick_params(axis="x", labelsize=7)
+    names = [name.replace(", ", ",\n") for name in extend["perplexity"]]
+    drawn = quality.barh(names, list(extend["perplexity"].values()), color="tab:blue")
+    quality.bar_label(drawn, fmt="%.1f", padding=3)
+    quality.invert_yaxis()
+    quality.margins(x=0.15)
+    quality.set(title=f"perplexity of held-out text at {extend['context']} tokens")
 
     machine = report["machine"]
     figure.suptitle(
