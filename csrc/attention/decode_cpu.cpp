@@ -16,7 +16,7 @@ namespace tw {
 namespace {
 
 constexpr int kChunk = 256;
-constexpr int kAhead = 16;  // rows of the cache that are asked for in advance
+constexpr int kAhead = 16;     // rows of the cache that are asked for in advance
 constexpr int kRowBlock = 32;   // rows after which the output moves on to the next head
 constexpr int kMaxHeads = 8;    // key/value heads that one thread walks through together
 constexpr double kSerialBytes = 1e6;
@@ -76,25 +76,28 @@ void find_rows(const DecodeCall& call, const View& cache, int64_t b, int kv_head
   const int padded = static_cast<int>(round_up(width, step));
   const bool stays = in_place(cache, width, step);
   const T** address = s.address + int64_t{slot_of_head} * s.kAddresses;
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < n;) {  // runs of rows that lie at one stride: the whole chunk, or the rest of a page
     const int64_t position = begin + i;
-    if (position < call.key_starts[b] || (call.live && !call.live[b * call.page_size + position])) {
-      address[i] = s.zeros;  // so that nothing in a dead slot can reach a result (0 * NaN)
-      continue;
-    }
-    int64_t page = b, slot = position;
+    int64_t page = b, slot = position, run = n - i;
     if (call.page_table) {
       page = call.page_table[b * call.pages_per_row + position / call.page_size];
       slot = position % call.page_size;
+      run = least(run, call.page_size - slot);
     }
     const T* row = row_of<T>(cache, page, slot, kv_head);
-    if (!stays) {
+    for (const int end = i + static_cast<int>(run); i < end; ++i, row += cache.row) {
+      address[i] = row;
+      if (stays) continue;
       T* staged = s.rows + (int64_t{slot_of_head} * kChunk + i) * padded;
       copy_row(staged, row, cache.lane, width, padded);
-      row = staged;
+      address[i] = staged;
     }
-    address[i] = row;
   }
+  // a row of zeros in place of a dead one, so that nothing in it can reach a result (0 * NaN)
+  for (int64_t i = 0; i < least(call.key_starts[b] - begin, n); ++i) address[i] = s.zeros;
+  if (call.live)
+    for (int i = 0; i < n; ++i)
+      if (!call.live[b * call.page_size + begin + i]) address[i] = s.zeros;
   for (int i = n; i < s.kAddresses; ++i) address[i] = address[n - 1];
 }
 
@@ -133,38 +136,45 @@ void score_chunk(const DecodeScratch<T>& s, int heads, int n_rows, int n, int pa
     }
 }
 
-// out[r][c] (+)= sum_i weights[r][i] row[i][c] for ROWS rows r and VECTORS * W columns from c on
-template <class T, int ROWS, int VECTORS>
+// out[r][c] (+)= sum_i weights[r][i] row[i][c] for ROWS rows r and 2 PAIRS W columns from c on; columns stay in
+// the order of load_wide
+template <class T, int ROWS, int PAIRS>
 inline void add_rows(const T* const* address, const float* weights, int n, int c, float* out, int64_t stride,
                      bool is_first) {
-  vf acc[ROWS][VECTORS];
+  vf acc[ROWS][2 * PAIRS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = is_first ? zero() : load(out + r * stride + c + v * W);
+    for (int v = 0; v < 2 * PAIRS; ++v) acc[r][v] = is_first ? zero() : load(out + r * stride + c + v * W);
   for (int i = 0; i < n; ++i) {
     const T* row = address[i] + c;
-    prefetch_row(address[i + kAhead] + c, VECTORS * W * static_cast<int>(sizeof(T)));
+    prefetch_row(address[i + kAhead] + c, 2 * PAIRS * W * static_cast<int>(sizeof(T)));
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
-      const vf x = load(row + v * W);
+    for (int pair = 0; pair < PAIRS; ++pair) {
+      vf first, second;
+      load_wide(row + 2 * pair * W, first, second);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(set1(weights[int64_t{r} * kChunk + i]), x, acc[r][v]);
+      for (int r = 0; r < ROWS; ++r) {
+        const vf weight = set1(weights[int64_t{r} * kChunk + i]);
+        acc[r][2 * pair] = fma(weight, first, acc[r][2 * pair]);
+        acc[r][2 * pair + 1] = fma(weight, second, acc[r][2 * pair + 1]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store(out + r * stride + c + v * W, acc[r][v]);
+    for (int v = 0; v < 2 * PAIRS; ++v) store(out + r * stride + c + v * W, acc[r][v]);
 }
 
+// As many columns at once as the registers hold beside ROWS.
 template <class T, int ROWS>
 inline void add_row_block(const T* const* address, const float* weights, int n, int padded, float* out, bool is_first) {
-  constexpr int kWide = 2 * kMicroVectors;
+  constexpr int kPairs = (ROWS == 4 ? 1 : 2) * kMicroVectors / 2;
   int c = 0;
-  for (; c + kWide * W <= padded; c += kWide * W)
-    add_rows<T, ROWS, kWide>(address, weights, n, c, out, padded, is_first);
-  for (; c < padded; c += W) add_rows<T, ROWS, 1>(address, weights, n, c, out, padded, is_first);
+  for (; c + 2 * kPairs * W <= padded; c += 2 * kPairs * W)
+    add_rows<T, ROWS, kPairs>(address, weights, n, c, out, padded, is_first);
+  for (; c < padded; c += 2 * W) add_rows<T, ROWS, 1>(address, weights, n, c, out, padded, is_first);
 }
 
 // outs[h]: where the unnormalised output of head h goes, [n_rows][padded]
@@ -175,11 +185,20 @@ void output_chunk(const DecodeScratch<T>& s, int heads, int n_rows, int n, int p
       const T* const* address = s.address + int64_t{h} * s.kAddresses + i0;
       const float* weights = s.scores + int64_t{h} * n_rows * kChunk + i0;
       const int rows = n - i0 < kRowBlock ? n - i0 : kRowBlock;
-      int r = 0;
-      for (; r + 2 <= n_rows; r += 2)
-        add_row_block<T, 2>(address, weights + int64_t{r} * kChunk, rows, padded, outs[h] + int64_t{r} * padded, i0 == 0);
-      if (r < n_rows)
-        add_row_block<T, 1>(address, weights + int64_t{r} * kChunk, rows, padded, outs[h] + int64_t{r} * padded, i0 == 0);
+      for (int r = 0; r < n_rows;) {
+        const float* w = weights + int64_t{r} * kChunk;
+        float* out = outs[h] + int64_t{r} * padded;
+        if (n_rows - r >= 4) {
+          add_row_block<T, 4>(address, w, rows, padded, out, i0 == 0);
+          r += 4;
+        } else if (n_rows - r >= 2) {
+          add_row_block<T, 2>(address, w, rows, padded, out, i0 == 0);
+          r += 2;
+        } else {
+          add_row_block<T, 1>(address, w, rows, padded, out, i0 == 0);
+          r += 1;
+        }
+      }
     }
 }
 
@@ -227,7 +246,7 @@ bool decode(const DecodeCall& call) {
   const int group = call.n_heads / call.n_kv_heads;
   const int n_rows = group * static_cast<int>(call.n_rows);
   const int qk_padded = static_cast<int>(round_up(call.head_dim, kStep));
-  const int v_padded = static_cast<int>(round_up(call.value_dim, W));
+  const int v_padded = static_cast<int>(round_up(call.value_dim, 2 * W));
   const int widest = qk_padded > v_padded ? qk_padded : v_padded;
   int64_t chunks = 1;
   double bytes = 0;
@@ -241,7 +260,7 @@ bool decode(const DecodeCall& call) {
   // side by side in memory, as long as there are shares enough to go round.
   const int64_t splits = call.splits > 0 ? least(call.splits, chunks) : chunks;
   const int64_t per_share = (chunks + splits - 1) / splits;
-  const bool stages = !in_place(call.k, call.head_dim, kStep) || !in_place(call.v, call.value_dim, W);
+  const bool stages = !in_place(call.k, call.head_dim, kStep) || !in_place(call.v, call.value_dim, 2 * W);
   int heads = 1;
   if (!stages && call.k.head < call.k.row)
     while (2 * heads <= kMaxHeads && call.n_kv_heads % (2 * heads) == 0 &&
@@ -283,9 +302,13 @@ bool decode(const DecodeCall& call) {
           find_rows(call, call.k, b, first_head + h, h, begin, n, call.head_dim, kStep, s);
         score_chunk(s, heads, n_rows, n, qk_padded, scale);
         for (int h = 0; h < heads; ++h) {
+          find_rows(call, call.v, b, first_head + h, h, begin, n, call.value_dim, 2 * W, s);
+          for (int i = 0; i < kAhead; ++i)  // on their way while the weights are computed
+            prefetch_row(s.address[int64_t{h} * s.kAddresses + i], v_padded * static_cast<int>(sizeof(T)));
+        }
+        for (int h = 0; h < heads; ++h) {
           const int64_t at = (b * call.n_kv_heads + first_head + h) * chunks + chunk;
           weigh_chunk(call, b, begin, n, n_rows, s.scores + int64_t{h} * n_rows * kChunk, partials + at * n_rows);
-          find_rows(call, call.v, b, first_head + h, h, begin, n, call.value_dim, W, s);
           out_of[h] = outs + at * out_floats;
         }
         output_chunk(s, heads, n_rows, n, v_padded, out_of);
@@ -316,8 +339,8 @@ bool decode(const DecodeCall& call) {
       }
       const vf inverse = set1(sees_nothing ? 0.0f : 1.0f / total);
       T* to = static_cast<T*>(call.out.data) + b * call.out.batch + query * call.out.row + head * call.out.head;
-      for (int d = 0; d < call.value_dim; d += W)
-        store_n(to + d, mul(load(s.merged + d), inverse), call.value_dim - d);
+      for (int d = 0; d < v_padded; d += W) store(s.merged + d, mul(load(s.merged + d), inverse));
+      for (int d = 0; d < call.value_dim; ++d) to[d] = from_float<T>(s.merged[wide_place<T>(d)]);
       call.lse[(b * call.n_heads + head) * call.n_rows + query] =
           sees_nothing ? top : (top + __builtin_log2f(total)) * kLn2;
     }

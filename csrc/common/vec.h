@@ -418,6 +418,36 @@ inline void store_pairs(bf16* p, vf even, vf odd) {
 #endif
 }
 
+// 2 W neighbours as two vectors in whatever order is cheapest; `wide_place` tells where element i went.
+template <class T>
+inline void load_wide(const T* p, vf& first, vf& second) {
+  first = load(p);
+  second = load(p + W);
+}
+template <class T>
+constexpr int wide_place(int i) {
+  return i;
+}
+#if defined(TW_ISA_avx2) || defined(TW_ISA_avx512) || defined(TW_ISA_avx512_bf16)
+// even elements, then odd ones: a shift and a mask instead of two widening shuffles
+template <>
+inline void load_wide<bf16>(const bf16* p, vf& first, vf& second) {
+  vi raw;
+  memcpy(&raw, p, sizeof(raw));
+#if defined(TW_ISA_avx2)
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+  second = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+#else
+  first = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+  second = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+#endif
+}
+template <>
+constexpr int wide_place<bf16>(int i) {
+  return i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2;
+}
+#endif
+
 // 2^x, for x <= 0 or so: relative error 1e-7 with TERMS = 5, 3e-6 with 4; exactly 0 below the least normal
 // exponent, -inf included; NaN stays NaN.
 template <int TERMS>
