@@ -92,14 +92,11 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> list[str]:
     Adapters keep the flags that PEFT gave them. Returns the lines for the report. ValueError: a
     part that no name holds, or a chosen parameter that is packed to integers.
     """
-    named = [
-        (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not _is_adapter(name) and ".original_module." not in name
-    ]
+    every = list(model.named_parameters(remove_duplicate=False))
     for part in parts:
-        if not any(part in name for name, _ in named):
+        if not any(part in name for name, _ in every):
             raise ValueError(f'accelerate: train names "{part}", which no parameter name holds')
+    named = [(n, p) for n, p in every if not _is_adapter(n) and ".original_module." not in n]
     chosen = {id(p): name for name, p in named if any(part in name for part in parts)}
     seen, n_adapters = set(), 0
     for prefix, module in model.named_modules():
