@@ -57,7 +57,7 @@ tw::Rule rule_of(const py::tuple& t) {
 }
 
 void check_cu_seqlens(const char* name, const int32_t* cu, int64_t n, int64_t tokens) {
-  TW_CHECK(cu[0] == 0, "flash_attention: ", name, " starts at ", cu[0], ", need 0");
+  TW_CHECK(cu[0] >= 0, "flash_attention: ", name, " starts at ", cu[0], ", need at least 0");
   for (int64_t i = 0; i < n; ++i)
     TW_CHECK(cu[i] <= cu[i + 1], "flash_attention: ", name, "[", i + 1, "] is ", cu[i + 1], ", need at least ",
              name, "[", i, "] = ", cu[i]);

@@ -13,18 +13,19 @@ def expect_shapes(op: str, **arguments: tuple[torch.Tensor, str | Sequence[str]]
     Returns the size of each axis. ValueError: a wrong number of axes, or two sizes for one axis.
     """
     size: dict[str, int] = {}
-    fixed_by: dict[str, str] = {}
     for name, (tensor, axes) in arguments.items():
-        shape = tuple(tensor.shape)
+        shape = tensor.shape
         if len(shape) != len(axes):
-            raise ValueError(f"{op}: {name} has shape {shape}, need axes ({', '.join(axes)})")
-        for axis, n in zip(axes, shape, strict=True):
-            if size.setdefault(axis, n) != n:
+            raise ValueError(f"{op}: {name} has shape {tuple(shape)}, need axes ({', '.join(axes)})")
+        for axis, n in zip(axes, shape):  # noqa: B905  lengths were just compared; called often
+            if axis not in size:
+                size[axis] = n
+            elif size[axis] != n:
+                fixed_by = next(other for other, (_, named) in arguments.items() if axis in named)
                 raise ValueError(
-                    f"{op}: {name} has shape {shape}, need {axis} = {size[axis]} "
-                    f"as in {fixed_by[axis]}"
+                    f"{op}: {name} has shape {tuple(shape)}, need {axis} = {size[axis]} "
+                    f"as in {fixed_by}"
                 )
-            fixed_by.setdefault(axis, name)
     return size
 
 

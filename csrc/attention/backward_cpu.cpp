@@ -1,13 +1,13 @@
 // Backward: recompute P from lse, tile by tile, and accumulate dq, dk, dv. Five products a pair of tiles.
 //
-//   S[key][query]  = K . Qt           P = exp2(S - lse2)
+//   S[key][query]  = K . Qt           P = exp(S - lse)
 //   dP[key][query] = V . dOt          dS = P * (dP - delta),  delta[query] = dO . O - dlse
 //   dV[key][:]    += P  . dO          dK[key][:] += dS . Q          dQt[:][query] += Kt . dS
 //
-// An item is (document, key/value head, share of its query heads). One thread walks it alone, key tile by key
-// tile, so every sum has a fixed order and needs no atomics. Where there are few key/value heads, their query
-// heads are split into shares whose dK, dV are added up afterwards in order; the number of shares depends on
-// the shape alone, never on the number of threads.
+// A unit is (document, key/value head). One thread walks a query head alone, key tile by key tile, so every sum
+// has a fixed order and needs no atomics; dK and dV of a unit's query heads are added up in the order of the
+// heads. With fewer units than threads, the threads take the query heads of one unit and the sums are made
+// afterwards, in the same order: the result is bitwise the same either way.
 #include "attention/attention.h"
 #include "attention/pack.h"
 #include "attention/scores.h"
@@ -17,7 +17,6 @@
 namespace tw {
 namespace {
 
-constexpr int64_t kWantedItems = 8;
 constexpr double kSerialFlops = 1e6;
 
 inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -46,10 +45,10 @@ template <class C>
 struct BackwardScratch {
   C *k, *v, *kt;
   C *q_t, *do_t, *q, *dout;
-  float *dq, *lse2, *delta;
+  float *dq, *lse, *delta;
   TileIntervals* see;
   C *stage, *pairs, *p, *ds, *ds_lanes;
-  float *scores, *dp, *factor, *dk_tile, *dv_tile, *grads;
+  float *scores, *dp, *factor, *dk_tile, *dv_tile, *sums;
 
   // With base nullptr, only measures: returns the bytes needed.
   int64_t lay_out(char* base, const BackwardShape<C>& shape, bool drops, bool sums_heads) {
@@ -64,7 +63,7 @@ struct BackwardScratch {
     q = arena.take<C>(n_q * shape.q_lanes);
     dout = arena.take<C>(n_q * shape.do_lanes);
     dq = arena.take<float>(n_q * shape.dq);
-    lse2 = arena.take<float>(n_q * kTile);
+    lse = arena.take<float>(n_q * kTile);
     delta = arena.take<float>(n_q * kTile);
     see = arena.take<TileIntervals>(n_q);
     stage = arena.take<C>(widest);
@@ -77,7 +76,7 @@ struct BackwardScratch {
     factor = drops ? arena.take<float>(kTile * kTile) : nullptr;
     dk_tile = arena.take<float>(int64_t{kTile} * shape.qk.lanes);
     dv_tile = arena.take<float>(int64_t{kTile} * shape.v.lanes);
-    grads = sums_heads ? arena.take<float>(n_k * kTile * shape.grad_row()) : nullptr;
+    sums = sums_heads ? arena.take<float>(n_k * kTile * shape.grad_row()) : nullptr;
     return round_up(arena.at - base, 4096);
   }
 };
@@ -94,18 +93,23 @@ void pack_keys(const AttentionCall& call, const BackwardShape<C>& shape, const D
   }
 }
 
-template <class T>
-float dot_rows(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int n) {
-  float total = 0.0f;
+// a[row] . b[row], the same sum for every stride
+template <class T, class C>
+float dot_rows(const View& a, const View& b, int64_t batch, int64_t row, int head, int n, BackwardScratch<C>& s) {
+  const auto contiguous = [&](const View& t, float* scratch) {
+    const T* at = row_of<T>(t, batch, row, head);
+    if (t.lane == 1) return at;
+    T* staged = reinterpret_cast<T*>(scratch);
+    copy_row(staged, at, t.lane, n, n);
+    return static_cast<const T*>(staged);
+  };
+  const T* x = contiguous(a, s.scores);
+  const T* y = contiguous(b, s.dp);
+  vf acc = zero();
   int i = 0;
-  if (stride_a == 1 && stride_b == 1) {
-    vf acc = zero();
-    for (; i + W <= n; i += W) acc = fma(load(a + i), load(b + i), acc);
-    if (i < n) acc = fma(load_n(a + i, n - i), load_n(b + i, n - i), acc);
-    return sum(acc);
-  }
-  for (; i < n; ++i) total += to_float(a[i * stride_a]) * to_float(b[i * stride_b]);
-  return total;
+  for (; i + W <= n; i += W) acc = fma(load(x + i), load(y + i), acc);
+  if (i < n) acc = fma(load_n(x + i, n - i), load_n(y + i, n - i), acc);
+  return sum(acc);
 }
 
 // Both packings of q and dO, the row terms and the intervals of every query tile of one head; dq starts at 0.
@@ -125,18 +129,16 @@ void pack_queries(const BackwardCall& call, const BackwardShape<C>& shape, const
     pack(call.dout, shape.v, s.do_t + t * shape.do_lanes_t, s.dout + t * shape.do_lanes);
     s.see[t].fill(doc, fwd.rule, head, first);
 
-    const int64_t lse_row = (doc.batch * fwd.n_heads + head) * fwd.n_rows + doc.q_begin + first;
+    const float* lse = fwd.lse + (doc.batch * fwd.n_heads + head) * fwd.n_rows + doc.q_begin + first;
     for (int i = 0; i < kTile; ++i) {
-      float* lse2 = s.lse2 + first + i;
       float* delta = s.delta + first + i;
-      *lse2 = __builtin_inff();  // P = 0 for rows that see nothing and for lanes past the end
+      s.lse[first + i] = __builtin_inff();  // P = 0 for rows that see nothing and for lanes past the end
       *delta = 0.0f;
-      if (first + i >= doc.n_q || fwd.lse[lse_row + i] == -__builtin_inff()) continue;
+      if (first + i >= doc.n_q || lse[i] == -__builtin_inff()) continue;
       const int64_t row = doc.q_begin + first + i;
-      *lse2 = fwd.lse[lse_row + i] * kLog2E;
-      *delta = dot_rows(row_of<T>(call.dout, doc.batch, row, head), call.dout.lane,
-                        row_of<T>(fwd.out, doc.batch, row, head), fwd.out.lane, fwd.value_dim);
-      if (call.dlse) *delta -= call.dlse[lse_row + i];
+      s.lse[first + i] = lse[i];
+      *delta = dot_rows<T>(call.dout, fwd.out, doc.batch, row, head, fwd.value_dim, s);
+      if (call.dlse) *delta -= call.dlse[lse + i - fwd.lse];
     }
   }
   memset(s.dq, 0, sizeof(float) * static_cast<size_t>(tiles_of(doc.n_q) * shape.dq));
@@ -144,14 +146,14 @@ void pack_queries(const BackwardCall& call, const BackwardShape<C>& shape, const
 
 // From scores and dP to P and dS, in the layouts of the three products that follow.
 template <class C, bool CAPS, bool DROPS>
-void weights_step(const Rule& rule, BackwardScratch<C>& s, const float* lse2, const float* delta) {
+void weights_step(const Rule& rule, BackwardScratch<C>& s, int64_t first) {
   const vf one = set1(1.0f);
-  const vf per_cap = set1(CAPS ? 1.0f / (rule.softcap * kLog2E) : 0.0f);
+  const vf per_cap = set1(CAPS ? 1.0f / rule.softcap : 0.0f);
   for (int n = 0; n < kTile; n += W) {
-    const vf row_lse = load(lse2 + n), row_delta = load(delta + n);
+    const vf row_lse = load(s.lse + first + n), row_delta = load(s.delta + first + n);
     const auto pair = [&](int at, vf& p, vf& ds) {
       const vf score = load(s.scores + at);
-      p = exp2_of<Unit<C>::kExpTerms>(sub(score, row_lse));
+      p = weight_of<Unit<C>::kExpTerms>(score, row_lse);
       vf dp = load(s.dp + at);
       if constexpr (DROPS) dp = mul(dp, load(s.factor + at));
       ds = mul(p, sub(dp, row_delta));
@@ -187,7 +189,7 @@ void backward_pair(const BackwardCall& call, const BackwardShape<C>& shape, int6
 
   gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, s.k + key_tile * shape.k_rows, shape.qk.row,
                        s.q_t + query_tile * shape.q_lanes_t, kTile, s.scores, kTile, nullptr, score_scale(rule));
-  if (rule.softcap > 0) apply_softcap(s.scores, rule.softcap);
+  if (rule.softcap > 0) apply_softcap(s.scores, kTile * kTile, rule.softcap);
   if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
   gemm<C, Start::zero>(kTile, kTile, shape.v.depth, s.v + key_tile * shape.v_rows, shape.v.row,
                        s.do_t + query_tile * shape.do_lanes_t, kTile, s.dp, kTile);
@@ -195,7 +197,7 @@ void backward_pair(const BackwardCall& call, const BackwardShape<C>& shape, int6
   if (drops) dropout_factors(s.factor, rule, static_cast<uint32_t>(document * fwd.n_heads + head), first, j0);
   const auto step = caps ? (drops ? weights_step<C, true, true> : weights_step<C, true, false>)
                          : (drops ? weights_step<C, false, true> : weights_step<C, false, false>);
-  step(rule, s, s.lse2 + first, s.delta + first);
+  step(rule, s, first);
 
   if (call.dv.data) {
     gemm<C, Start::add_to>(kTile, shape.v.lanes, kDepth, s.p, kTile, s.dout + query_tile * shape.do_lanes,
@@ -226,11 +228,12 @@ void store_rows(const View& t, int64_t batch, int64_t row, int head, const float
   }
 }
 
-inline void add_tile(float* total, int64_t stride, const float* tile, int lanes, bool is_first) {
+// sum = tile, or sum += tile; `stride` is sum's, tile's rows are `lanes` apart
+inline void add_tile(float* sum, int64_t stride, const float* tile, int lanes, bool is_first) {
   for (int i = 0; i < kTile; ++i)
     for (int c = 0; c < lanes; c += W) {
       const vf x = load(tile + int64_t{i} * lanes + c);
-      store(total + i * stride + c, is_first ? x : add(load(total + i * stride + c), x));
+      store(sum + i * stride + c, is_first ? x : add(load(sum + i * stride + c), x));
     }
 }
 
@@ -243,36 +246,33 @@ void store_key_tile(const BackwardCall& call, const BackwardShape<C>& shape, con
   store_rows<T>(call.dv, doc.batch, row, kv_head, dv, dv_stride, n, call.forward.value_dim, 1.0f);
 }
 
-// One item. `grads` is where sums over heads go; nullptr if the item is its key/value head's only query head.
+// One query head against the packed keys. dK and dV go to `sums` (set or added to) if there is one, else out.
 template <class T, class C>
-void backward_item(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int kv_head,
-                   int head_begin, int head_end, float* grads, BackwardScratch<C>& s) {
+void backward_head(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int head, float* sums,
+                   bool is_first, BackwardScratch<C>& s) {
   const AttentionCall& fwd = call.forward;
   const Document& doc = fwd.documents[document];
-  pack_keys<T>(fwd, shape, doc, kv_head, s);
+  pack_queries<T>(call, shape, doc, head, s);
+  for (int64_t kt = 0; kt < tiles_of(doc.n_k); ++kt) {
+    memset(s.dk_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.qk.lanes);
+    memset(s.dv_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.v.lanes);
+    for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
+      if (s.see[qt].touches(kt * kTile)) backward_pair(call, shape, document, head, kt, qt, s);
+    if (!call.dv.data) continue;
+    if (sums) {
+      float* sum = sums + kt * kTile * shape.grad_row();
+      add_tile(sum, shape.grad_row(), s.dk_tile, shape.qk.lanes, is_first);
+      add_tile(sum + shape.qk.lanes, shape.grad_row(), s.dv_tile, shape.v.lanes, is_first);
+    } else {
+      store_key_tile<T>(call, shape, doc, head, kt, s.dk_tile, s.dv_tile, shape.qk.lanes, shape.v.lanes);
+    }
+  }
+  if (!call.dq.data) return;
   float to_dq[kTile];
   for (float& x : to_dq) x = fwd.rule.scale;
-  for (int head = head_begin; head < head_end; ++head) {
-    pack_queries<T>(call, shape, doc, head, s);
-    for (int64_t kt = 0; kt < tiles_of(doc.n_k); ++kt) {
-      memset(s.dk_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.qk.lanes);
-      memset(s.dv_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.v.lanes);
-      for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
-        if (s.see[qt].touches(kt * kTile)) backward_pair(call, shape, document, head, kt, qt, s);
-      if (!call.dv.data) continue;
-      if (grads) {
-        float* total = grads + kt * kTile * shape.grad_row();
-        add_tile(total, shape.grad_row(), s.dk_tile, shape.qk.lanes, head == head_begin);
-        add_tile(total + shape.qk.lanes, shape.grad_row(), s.dv_tile, shape.v.lanes, head == head_begin);
-      } else {
-        store_key_tile<T>(call, shape, doc, kv_head, kt, s.dk_tile, s.dv_tile, shape.qk.lanes, shape.v.lanes);
-      }
-    }
-    if (!call.dq.data) continue;
-    for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
-      store_transposed<T>(call.dq, doc.batch, doc.q_begin + qt * kTile, head, s.dq + qt * shape.dq, to_dq,
-                          static_cast<int>(least(kTile, doc.n_q - qt * kTile)), fwd.head_dim);
-  }
+  for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
+    store_transposed<T>(call.dq, doc.batch, doc.q_begin + qt * kTile, head, s.dq + qt * shape.dq, to_dq,
+                        static_cast<int>(least(kTile, doc.n_q - qt * kTile)), fwd.head_dim);
 }
 
 template <class T>
@@ -282,61 +282,67 @@ bool backward(const BackwardCall& call) {
   const BackwardShape<C> shape(fwd);
   const int group = fwd.n_heads / fwd.n_kv_heads;
   const int64_t n_units = fwd.n_documents * fwd.n_kv_heads;
-  if (n_units == 0) return true;
-  const int shares = static_cast<int>(least(group, (kWantedItems + n_units - 1) / n_units));
-  const int heads_per_share = (group + shares - 1) / shares;
   double flops = 0;
   for (int64_t i = 0; i < fwd.n_documents; ++i)
     flops += 10.0 * fwd.head_dim * fwd.n_heads * static_cast<double>(fwd.documents[i].n_q) *
              static_cast<double>(fwd.documents[i].n_k);
   const int threads = flops < kSerialFlops ? 1 : fwd.threads;
 
-  const bool drops = fwd.rule.dropout_p > 0, own_sums = group > 1 && shares == 1;
+  const bool drops = fwd.rule.dropout_p > 0, sums_heads = group > 1, shares_units = sums_heads && n_units < threads;
   BackwardScratch<C> measure;
-  const int64_t scratch_bytes = measure.lay_out(nullptr, shape, drops, own_sums);
-  // partial sums of every share, tile by tile, where a key/value head has several
-  const int64_t unit_floats = shape.key_tiles * kTile * shape.grad_row();
-  const int64_t partial_bytes = shares > 1 ? n_units * shares * unit_floats * int64_t{sizeof(float)} : 0;
-  char* workspace = take_workspace(threads * scratch_bytes + partial_bytes);
+  const int64_t scratch_bytes = measure.lay_out(nullptr, shape, drops, sums_heads);
+  const int64_t tile_floats = kTile * shape.grad_row();
+  const int64_t sum_bytes = shares_units ? shape.key_tiles * tile_floats * int64_t{sizeof(float)} : 0;
+  char* workspace = take_workspace(threads * scratch_bytes + sum_bytes);
   if (!workspace) return false;
-  float* partial = reinterpret_cast<float*>(workspace + threads * scratch_bytes);
+  float* shared_sums = reinterpret_cast<float*>(workspace + threads * scratch_bytes);
 
-  int64_t items_taken = 0, sums_taken = 0;
+  const auto store_sums = [&](int64_t unit, int64_t kt, const float* sums) {
+    const float* dk = sums + kt * tile_floats;
+    store_key_tile<T>(call, shape, fwd.documents[unit / fwd.n_kv_heads], static_cast<int>(unit % fwd.n_kv_heads), kt,
+                      dk, dk + shape.qk.lanes, shape.grad_row(), shape.grad_row());
+  };
+  // one thread, all query heads of the unit
+  const auto walk_unit = [&](int64_t unit, BackwardScratch<C>& s) {
+    const int64_t document = unit / fwd.n_kv_heads;
+    const int kv_head = static_cast<int>(unit % fwd.n_kv_heads);
+    pack_keys<T>(fwd, shape, fwd.documents[document], kv_head, s);
+    for (int i = 0; i < group; ++i)
+      backward_head<T>(call, shape, document, kv_head * group + i, sums_heads ? s.sums : nullptr, i == 0, s);
+    if (sums_heads && call.dv.data)
+      for (int64_t kt = 0; kt < tiles_of(fwd.documents[document].n_k); ++kt) store_sums(unit, kt, s.sums);
+  };
+  // all threads, a query head each at a time; then every thread adds up its own key tiles
+  const auto share_unit = [&](int64_t unit, const Team& team, BackwardScratch<C>& s) {
+    const int64_t document = unit / fwd.n_kv_heads, n_tiles = tiles_of(fwd.documents[document].n_k);
+    const int kv_head = static_cast<int>(unit % fwd.n_kv_heads);
+    pack_keys<T>(fwd, shape, fwd.documents[document], kv_head, s);
+    for (int begin = 0; begin < group; begin += team.size) {
+      const int mine = begin + team.id;
+      if (mine < group) backward_head<T>(call, shape, document, kv_head * group + mine, s.sums, true, s);
+      team.barrier();
+      const int n = group - begin < team.size ? group - begin : team.size;
+      for (int64_t kt = team.id; kt < n_tiles && call.dv.data; kt += team.size)
+        for (int other = 0; other < n; ++other) {
+          BackwardScratch<C> theirs;
+          theirs.lay_out(workspace + other * scratch_bytes, shape, drops, sums_heads);
+          add_tile(shared_sums + kt * tile_floats, shape.grad_row(), theirs.sums + kt * tile_floats,
+                   static_cast<int>(shape.grad_row()), begin + other == 0);
+        }
+      team.barrier();
+    }
+    for (int64_t kt = team.id; kt < n_tiles && call.dv.data; kt += team.size) store_sums(unit, kt, shared_sums);
+    team.barrier();
+  };
+
+  int64_t units_taken = 0;
   run_team(threads, [&](const Team& team) {
     BackwardScratch<C> s;
-    s.lay_out(workspace + team.id * scratch_bytes, shape, drops, own_sums);
-    for (int64_t item; (item = take_next(&items_taken)) < n_units * shares;) {
-      const int64_t unit = item / shares;
-      const int kv_head = static_cast<int>(unit % fwd.n_kv_heads), share = static_cast<int>(item % shares);
-      const int begin = share * heads_per_share;
-      const int end = begin + heads_per_share < group ? begin + heads_per_share : group;
-      float* grads = shares > 1 ? partial + item * unit_floats : s.grads;
-      backward_item<T>(call, shape, unit / fwd.n_kv_heads, kv_head, kv_head * group + begin, kv_head * group + end,
-                       grads, s);
-      if (!own_sums || !call.dv.data) continue;
-      const Document& doc = fwd.documents[unit / fwd.n_kv_heads];
-      for (int64_t kt = 0; kt < tiles_of(doc.n_k); ++kt) {
-        const float* total = grads + kt * kTile * shape.grad_row();
-        store_key_tile<T>(call, shape, doc, kv_head, kt, total, total + shape.qk.lanes, shape.grad_row(),
-                          shape.grad_row());
-      }
-    }
-    if (shares == 1 || !call.dv.data) return;
-    team.barrier();
-    const int used = (group + heads_per_share - 1) / heads_per_share;
-    for (int64_t item; (item = take_next(&sums_taken)) < n_units * shape.key_tiles;) {
-      const int64_t unit = item / shape.key_tiles, kt = item % shape.key_tiles;
-      const Document& doc = fwd.documents[unit / fwd.n_kv_heads];
-      if (kt >= tiles_of(doc.n_k)) continue;
-      const int64_t tile_floats = kTile * shape.grad_row();
-      float* total = partial + unit * shares * unit_floats + kt * tile_floats;
-      for (int share = 1; share < used; ++share) {
-        const float* more = total + share * unit_floats;
-        for (int64_t i = 0; i < tile_floats; i += W) store(total + i, add(load(total + i), load(more + i)));
-      }
-      store_key_tile<T>(call, shape, doc, static_cast<int>(unit % fwd.n_kv_heads), kt, total, total + shape.qk.lanes,
-                        shape.grad_row(), shape.grad_row());
-    }
+    s.lay_out(workspace + team.id * scratch_bytes, shape, drops, sums_heads);
+    if (shares_units)
+      for (int64_t unit = 0; unit < n_units; ++unit) share_unit(unit, team, s);
+    else
+      for (int64_t unit; (unit = take_next(&units_taken)) < n_units;) walk_unit(unit, s);
   });
   give_workspace(workspace);
   return true;

@@ -214,10 +214,7 @@ inline void weigh_chunk(const DecodeCall& call, int64_t b, int64_t begin, int n,
     if (call.rule.window_right >= 0) hi = least(hi, at + call.rule.window_right + 1);
     if (call.rule.window_left >= 0) lo = most(lo, at - call.rule.window_left);
     float* row = scores + int64_t{r} * kChunk;
-    if (call.rule.softcap > 0) {
-      const vf factor = set1(call.rule.softcap * kLog2E);
-      for (int i = 0; i < n; i += W) store(row + i, mul(factor, tanh_of(load(row + i))));
-    }
+    if (call.rule.softcap > 0) apply_softcap(row, static_cast<int>(round_up(n, W)), call.rule.softcap);
     for (int64_t i = 0; i < least(lo - begin, n); ++i) row[i] = hidden;
     for (int64_t i = most(hi - begin, 0); i < round_up(n, W); ++i) row[i] = hidden;
     if (call.live)
@@ -232,7 +229,7 @@ inline void weigh_chunk(const DecodeCall& call, int64_t b, int64_t begin, int n,
     const vf pivot = set1(best == hidden ? 0.0f : best);
     vf total = zero();
     for (int i = 0; i < n; i += W) {
-      const vf weight = exp2_of<5>(sub(load(row + i), pivot));
+      const vf weight = weight_of<6>(load(row + i), pivot);
       total = add(total, weight);
       store(row + i, weight);
     }
@@ -321,17 +318,17 @@ bool decode(const DecodeCall& call) {
       const int64_t first = (b * call.n_kv_heads + head / group) * chunks;
       const int64_t r = head % group * call.n_rows + query;
       const int64_t used = (call.key_lengths[b] + kChunk - 1) / kChunk;
-      float top = call.sinks ? call.sinks[head] * kLog2E : -__builtin_inff();
+      float top = call.sinks ? call.sinks[head] : -__builtin_inff();
       for (int64_t c = 0; c < used; ++c) {
         const float x = partials[(first + c) * n_rows + r].max;
         if (x > top || x != x) top = x;
       }
       const bool sees_nothing = top == -__builtin_inff();
-      float total = call.sinks && !sees_nothing ? __builtin_exp2f(call.sinks[head] * kLog2E - top) : 0.0f;
+      float total = call.sinks && !sees_nothing ? __builtin_expf(call.sinks[head] - top) : 0.0f;
       for (int c = 0; c < v_padded; c += W) store(s.merged + c, zero());
       for (int64_t c = 0; c < used && !sees_nothing; ++c) {
         const Partial& part = partials[(first + c) * n_rows + r];
-        const float weight = __builtin_exp2f(part.max - top);
+        const float weight = __builtin_expf(part.max - top);
         total += part.sum * weight;
         const float* out = outs + (first + c) * out_floats + r * v_padded;
         for (int d = 0; d < v_padded; d += W)
@@ -342,7 +339,7 @@ bool decode(const DecodeCall& call) {
       for (int d = 0; d < v_padded; d += W) store(s.merged + d, mul(load(s.merged + d), inverse));
       for (int d = 0; d < call.value_dim; ++d) to[d] = from_float<T>(s.merged[wide_place<T>(d)]);
       call.lse[(b * call.n_heads + head) * call.n_rows + query] =
-          sees_nothing ? top : (top + __builtin_log2f(total)) * kLn2;
+          sees_nothing ? top : log_sum_exp(top, total);
     }
   });
   give_workspace(workspace);

@@ -91,11 +91,11 @@ void softmax_step(ForwardScratch<C>& s) {
     }
     const vf new_max = max(max_a, max_b);
     const vf pivot = select(le(new_max, none), zero(), new_max);
-    const vf shrink = exp2_of<kTerms>(sub(old_max, pivot));
+    const vf shrink = weight_of<kTerms>(old_max, pivot);
     vf sum_a = mul(load(s.sum + n), shrink), sum_b = zero();
     for (int r = 0; r < kTile; r += 2) {
-      vf a = exp2_of<kTerms>(sub(load(s.scores + r * kTile + n), pivot));
-      vf b = exp2_of<kTerms>(sub(load(s.scores + (r + 1) * kTile + n), pivot));
+      vf a = weight_of<kTerms>(load(s.scores + r * kTile + n), pivot);
+      vf b = weight_of<kTerms>(load(s.scores + (r + 1) * kTile + n), pivot);
       sum_a = add(sum_a, a);
       sum_b = add(sum_b, b);
       if constexpr (DROPS) {
@@ -121,15 +121,14 @@ void finish_rows(const AttentionCall& call, ForwardScratch<C>& s, int head, int 
   for (int i = 0; i < kTile; ++i) {
     float top = s.max[i], sum = s.sum[i], keep = 1.0f;
     if (call.sinks) {
-      const float sink = call.sinks[head] * kLog2E;
-      const float new_top = sink > top ? sink : top;
-      keep = top == -__builtin_inff() ? 0.0f : __builtin_exp2f(top - new_top);
-      sum = sum * keep + (sink == -__builtin_inff() ? 0.0f : __builtin_exp2f(sink - new_top));
+      const float sink = call.sinks[head], new_top = sink > top ? sink : top;
+      keep = top == -__builtin_inff() ? 0.0f : __builtin_expf(top - new_top);
+      sum = sum * keep + (sink == -__builtin_inff() ? 0.0f : __builtin_expf(sink - new_top));
       top = new_top;
     }
-    const bool sees_nothing = top == -__builtin_inff();
+    const bool sees_nothing = sum == 0.0f;  // but not where it is NaN
     s.rescale[i] = sees_nothing ? 0.0f : keep / sum;
-    if (i < n) lse[i] = sees_nothing ? top : (top + __builtin_log2f(sum)) * kLn2;
+    if (i < n) lse[i] = sees_nothing ? -__builtin_inff() : log_sum_exp(top, sum);
   }
 }
 
@@ -154,7 +153,7 @@ void forward_tile(const AttentionCall& call, const ForwardShape<C>& shape, int64
     const int64_t tile = j0 / kTile;
     gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, unit.k + tile * shape.k_tile, shape.qk.row, s.q, kTile,
                          s.scores, kTile, nullptr, score_scale(call.rule));
-    if (call.rule.softcap > 0) apply_softcap(s.scores, call.rule.softcap);
+    if (call.rule.softcap > 0) apply_softcap(s.scores, kTile * kTile, call.rule.softcap);
     if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
     if (call.rule.dropout_p > 0) {
       dropout_factors(s.factor, call.rule, static_cast<uint32_t>(document * call.n_heads + head), first, j0);

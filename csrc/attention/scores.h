@@ -1,6 +1,7 @@
 // What happens to a tile of scores between its product and its exponential: softcap and dropout.
 //
-// Scores live in units of log 2: score = scale * log2(e) * (q . k), capped before the factor log2(e).
+// Scores and maxima are in natural units, scale * (q . k); exp(x) is taken as 2^(log2(e) x) of a difference, so
+// that the rounding of the factor log2(e) is relative to the difference and not to the score.
 #pragma once
 
 #include "attention/intervals.h"
@@ -9,17 +10,24 @@ namespace tw {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
 
-// The factor from q . k to the tile's units: softcap wants it divided by the cap, see apply_softcap.
-inline float score_scale(const Rule& rule) {
-  return rule.softcap > 0 ? rule.scale / rule.softcap : rule.scale * kLog2E;
+// top + ln(sum): in double, because a rounding here is one of every weight that the backward recomputes.
+inline float log_sum_exp(float top, float sum) {
+  return static_cast<float>(top + __builtin_log(static_cast<double>(sum)));
 }
 
-// tile = cap log2(e) tanh(tile)
-inline void apply_softcap(float* tile, float cap) {
-  const vf factor = set1(cap * kLog2E);
-  for (int i = 0; i < kTile * kTile; i += W) store(tile + i, mul(factor, tanh_of(load(tile + i))));
+// exp(score - pivot)
+template <int TERMS>
+inline vf weight_of(vf score, vf pivot) {
+  return exp2_of<TERMS>(mul(sub(score, pivot), set1(kLog2E)));
+}
+
+// The factor from q . k to a score; softcap wants it divided by the cap, see apply_softcap.
+inline float score_scale(const Rule& rule) { return rule.softcap > 0 ? rule.scale / rule.softcap : rule.scale; }
+
+// n scores, a multiple of W: cap tanh(score)
+inline void apply_softcap(float* scores, int n, float cap) {
+  for (int i = 0; i < n; i += W) store(scores + i, mul(set1(cap), tanh_of(load(scores + i))));
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words from a counter and a key.

@@ -79,7 +79,7 @@ def flash_attention(
         q, k, v, is_causal, window, scale, softcap, cu_seqlens, cu_seqlens_k, key_mask, segments,
         sinks, dropout_p, dropout_seed,
     )  # fmt: skip
-    out, lse = torch.ops.tilewright.flash_attention(q4, k4, v4, *op.rule(p, impl))
+    out, lse = op.call_flash_attention(q4, k4, v4, p, impl)
     if extra_kv is not None:
         out, lse = _with_extra_keys(out, lse, q4, extra_kv, p, cu_seqlens, impl)
     if cu_seqlens is not None:
@@ -255,7 +255,7 @@ def _with_extra_keys(out, lse, q, extra_kv, p, cu_seqlens, impl):
         dropout_p=p.dropout_p,
         dropout_seed=None if p.dropout_seed is None else p.dropout_seed ^ 1,
     )  # fmt: skip
-    out_extra, lse_extra = torch.ops.tilewright.flash_attention(q, *extra, *op.rule(plain, impl))
+    out_extra, lse_extra = op.call_flash_attention(q, *extra, plain, impl)
     return _merge(out, lse, out_extra, lse_extra)
 
 
@@ -321,10 +321,7 @@ def flash_decode(
         raise ValueError(
             f"flash_decode: num_splits is {num_splits}, need >= 1, or None to choose"
         )
-    out, lse = torch.ops.tilewright.flash_decode(
-        q, k_cache, v_cache, p.page_table, p.key_starts, p.key_lengths, p.sinks, p.scale,
-        p.is_causal, p.window_left, p.softcap, num_splits or 0, impl,
-    )  # fmt: skip
+    out, lse = op.call_flash_decode(q, k_cache, v_cache, p, num_splits or 0, impl)
     return (out, lse) if return_lse else out
 
 

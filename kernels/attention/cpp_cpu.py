@@ -9,6 +9,7 @@ from tilewright.ops.attention.problem import Problem
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_VIEW = (0, 0, 0, 0, 0)
+DECODE_KEYS = 256  # below, packing k and v costs little
 DECODE_ROWS = 16  # queries times heads that share a key: more are faster as a tile of the forward
 
 
@@ -82,6 +83,7 @@ def _is_decode(p: Problem) -> bool:
         p.cu_seqlens_q is None
         and not p.group_size
         and not p.dropout_p
+        and p.n_keys >= DECODE_KEYS
         and p.n_queries * p.queries_per_kv_head <= DECODE_ROWS
     )
 

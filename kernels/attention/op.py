@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from torch.autograd.function import once_differentiable
+
 from tilewright import choose
+from tilewright.direct import may_go_direct
 from tilewright.ops.attention import reference
 from tilewright.ops.attention.problem import Problem
 
@@ -132,9 +135,17 @@ class _ReferenceImplementation:
         return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
 
-def _forward(q, k, v, *r):
-    p, impl = _problem(q, k, v, *r)
+def _run_forward(q, k, v, p: Problem, impl: str):
     return _implementation(choose.choose("flash_attention", impl, p)).forward(q, k, v, p)
+
+
+def _run_decode(q, k, v, p: Problem, num_splits: int, impl: str):
+    name = choose.choose("flash_decode", impl, p)
+    return _implementation(name).decode(q, k, v, p, num_splits)
+
+
+def _forward(q, k, v, *r):
+    return _run_forward(q, k, v, *_problem(q, k, v, *r))
 
 
 def _backward(dout, dlse, q, k, v, out, lse, needs_dq, needs_dkv, *r):
@@ -152,8 +163,7 @@ def _decode(q, k, v, page_table, key_starts, key_lengths, sinks, scale, is_causa
         is_causal=is_causal, window_left=window_left, softcap=softcap, sinks=sinks,
         page_table=page_table, key_starts=key_starts, key_lengths=key_lengths,
     )  # fmt: skip
-    name = choose.choose("flash_decode", impl, p)
-    return _implementation(name).decode(q, k, v, p, num_splits)
+    return _run_decode(q, k, v, p, num_splits, impl)
 
 
 for _name, _function in (
@@ -235,6 +245,43 @@ torch.library.register_autograd(
     setup_context=_setup_context,
     lib=library,
 )
+
+
+class _FlashAttention(torch.autograd.Function):
+    """The same forward and backward for calls that go direct."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, *r):
+        outputs = _forward(q, k, v, *r)
+        _setup_context(ctx, (q, k, v, *r), outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        return _autograd_backward(ctx, dout, dlse)
+
+
+def call_flash_attention(q, k, v, p: Problem, impl: str):
+    """The registered operator, or in plain eager mode what it would end up calling."""
+    r = rule(p, impl)
+    if not may_go_direct(q, k, v, *r[:5]):
+        return torch.ops.tilewright.flash_attention(q, k, v, *r)
+    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    if torch.is_grad_enabled() and (wants_grad or (p.sinks is not None and p.sinks.requires_grad)):
+        return _FlashAttention.apply(q, k, v, *r)
+    return _run_forward(q, k, v, p, impl)
+
+
+def call_flash_decode(q, k, v, p: Problem, num_splits: int, impl: str):
+    """The registered operator, or in plain eager mode what it would end up calling."""
+    needs_refusal = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if not needs_refusal and may_go_direct(q, k, v):
+        return _run_decode(q, k, v, p, num_splits, impl)
+    return torch.ops.tilewright.flash_decode(
+        q, k, v, p.page_table, p.key_starts, p.key_lengths, p.sinks, p.scale, p.is_causal,
+        p.window_left, p.softcap, num_splits, impl,
+    )  # fmt: skip
 
 
 def _decode_backward(ctx, dout, dlse):
