@@ -1,1 +1,13 @@
-"""Benchmarks of the operators, one file a room; `tilewright bench OP` is the runner in run.py."""
+"""Benchmarks of the operators: `tilewright bench OP` runs bench_OP.py through run.py.
+
+A bench_<room>.py is data and functions; the runner owns check, time and table:
+
+    CASES        name -> the case: axes and options by name; "modes" and "dtypes" say what is run
+    VARIANTS     name -> `Variant`: ours and each baseline; "tilewright" is the one that is compared
+    GRADIENTS    names of the inputs that get a gradient in mode "fwd+bwd"
+    make_inputs(case, dtype, device)   -> the inputs by name, the same for all variants
+    work(case, itemsize, mode)         -> what the formula needs at least: (operations, bytes)
+    small(case)                        -> the case in a shape that the float64 reference can do
+    truth(case, **inputs)              -> the output in float64, differentiable
+    stock(case, **inputs)              -> plain torch in the inputs' dtype: the yardstick of errors
+"""
