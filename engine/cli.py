@@ -22,7 +22,10 @@ DONE, BAD_INPUT, UNFORESEEN, INTERRUPTED = 0, 2, 1, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is one line."""
+    """argparse, but what is wrong is one line, and names are written out."""
+
+    def __init__(self, **settings):
+        super().__init__(**{**settings, "allow_abbrev": False})
 
     def error(self, message: str):
         self.exit(BAD_INPUT, f"{self.prog}: {message}; {self.prog} --help lists the options\n")
@@ -37,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded("doctor", "--debug" in arguments, lambda: _doctor(rest))
     if arguments[:1] == ["bench"]:
         return _guarded("bench", "--debug" in arguments, lambda: _bench(rest))
-    args = _parser().parse_args(arguments)
+    args, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        name = f"tilewright {args.command}"
+        print(f"{name}: no option {unknown[0]}; {name} --help lists them", file=sys.stderr)
+        return BAD_INPUT
     return _guarded(args.command, args.debug, lambda: args.run(args))
 
 
