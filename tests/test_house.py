@@ -87,7 +87,7 @@ def foreign(names: set[str], allowed) -> list[str]:
     )
 
 
-CORE = ("tilewright.shapes", "tilewright.choose", "tilewright.settings", "tilewright.native")
+CORE = tuple(f"tilewright.{name}" for name in ("shapes", "choose", "settings", "native", "direct"))
 COMPILED = ("tilewright._C", "tilewright._cuda")
 
 
