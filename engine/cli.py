@@ -109,7 +109,9 @@ def option_help(dataclass_type: type) -> dict[str, str]:
 
 def _add_options(command: argparse.ArgumentParser, dataclass_type: type, skip=()) -> None:
     """An option for each field; one that is not given is not in the namespace."""
-    texts, hints = option_help(dataclass_type), get_type_hints(dataclass_type)
+    # python -OO leaves no docstrings, and so no texts
+    texts = dict.fromkeys(dataclass_type.__dataclass_fields__, "") | option_help(dataclass_type)
+    hints = get_type_hints(dataclass_type)
     group = command.add_argument_group("settings")
     for name, field in dataclass_type.__dataclass_fields__.items():
         if name in skip:

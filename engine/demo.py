@@ -40,21 +40,21 @@ def run_demo(
     done: list[str] = []
     try:
         demo, text = _prepare(out, sizes, seconds, seed)
-        for name, phase in PHASES.items():
+        for name, (what, phase) in PHASES.items():
             path = out / "phases" / f"{name}.json"
             if path.exists():
                 demo.results[name] = read_json(path)
                 _say(f"{name}: kept from the earlier run")
             else:
-                _say(f"{name}: {phase.__doc__.splitlines()[0]}")
+                _say(f"{name}: {what}")
                 demo.results[name] = phase(demo)
                 write_json(path, demo.results[name])
             done.append(name)
     except KeyboardInterrupt:
         kept = f"finished: {', '.join(done)}" if done else "nothing finished yet"
-        quick_flag = " --quick" if quick else f" --seconds {seconds:g}"
+        same = f"--out {out}{' --quick' if quick else ''} --seconds {seconds:g}"
         raise Interrupted(
-            f"stopped; {kept}; continue with: tilewright demo --out {out}{quick_flag} --resume"
+            f"stopped; {kept}; continue with: tilewright demo {same} --resume"
         ) from None
     report = {
         "settings": settings, "text": text, "revision": _revision(), **_machine(),

@@ -129,7 +129,7 @@ def _trainer(model, demo: Demo, dtype: str, steps: int, peak: float) -> Trainer:
 
 
 def _measure(demo: Demo) -> dict:
-    """time of a step, to choose dtype and number of steps; peak memory of a step"""
+    """Time and peak memory of a step, on models that are thrown away."""
     rows = _rows(demo, demo.train_documents, demo.sizes.context)
     batch = [rows.batch(range(demo.sizes.rows))]
     stock = {
@@ -165,7 +165,7 @@ def _median_ms(trainers: dict[str, Trainer], batch: list[dict], demo: Demo) -> d
 
 
 def _train(demo: Demo) -> dict:
-    """training from scratch with stock and with tilewright's operators, step by step in turn"""
+    """Train from scratch twice, from the same weights and on the same batches."""
     s, before = demo.sizes, demo.results["measure"]
     both_s = sum(before["step_ms"].values()) / 1e3
     n_steps = int(TRAIN_SHARE * demo.seconds / both_s)
@@ -231,7 +231,7 @@ def _side_by_side(
 
 
 def _extend(demo: Demo) -> dict:
-    """longer context by LoRA: full attention with stock, shifted-sparse with tilewright"""
+    """Tune the trained model for a longer context twice, and compare perplexities there."""
     s, length = demo.sizes, demo.long_context
     rows = _rows(demo, demo.train_documents, length, only_long=True)
     held_out = _first(
@@ -291,7 +291,7 @@ def _perplexity(model, rows: PackedRows, demo: Demo) -> float:
 
 
 def _generate(demo: Demo) -> dict:
-    """greedy generation from the extended model, transformers' generate and ours in turn"""
+    """Continue held-out texts with the extended model, by both sides in turn."""
     s = demo.sizes
     model = pretrained.load(demo.out / EXTENDED, needs_weights=True).model.eval()
     documents = [d for d in demo.held_out_documents if len(d) >= s.prompt_tokens][: s.prompts]
@@ -340,9 +340,9 @@ def _generate(demo: Demo) -> dict:
     }  # fmt: skip
 
 
-PHASES: dict[str, Callable[[Demo], dict]] = {
-    "measure": _measure,
-    "train": _train,
-    "extend": _extend,
-    "generate": _generate,
+PHASES: dict[str, tuple[str, Callable[[Demo], dict]]] = {
+    "measure": ("a step's time, to choose dtype and number of steps, and its memory", _measure),
+    "train": ("from scratch, with stock and with tilewright's operators in turn", _train),
+    "extend": ("longer context by LoRA, full attention and shifted-sparse in turn", _extend),
+    "generate": ("greedy, with transformers' generate and with ours in turn", _generate),
 }
