@@ -575,7 +575,7 @@ def test_attention_dropout_is_drawn_from_the_seed():
 @pytest.mark.parametrize("mode", ["weights", "autocast"])
 def test_bfloat16_is_as_close_to_float32_as_stock(mode):
     model = llama()
-    ids, mask = tiny.tokens(), tiny.padding("left")
+    ids, mask = tiny.tokens(batch=8), tiny.padding("left", batch=8)
     live = mask.bool()
 
     def run():
@@ -589,4 +589,4 @@ def test_bfloat16_is_as_close_to_float32_as_stock(mode):
     stock_error = (run() - exact).square().mean().sqrt()
     tw.accelerate(model)
     error = (run() - exact).square().mean().sqrt()
-    assert error <= 1.25 * stock_error
+    assert error <= 1.05 * stock_error

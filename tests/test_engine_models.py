@@ -4,7 +4,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import StaticCache, T5Config, T5ForConditionalGeneration
 
 import tilewright as tw
 
@@ -254,17 +254,51 @@ def test_compiled_in_one_graph(name, clean_memory):
 
     want = [run(model, case) for case in cases]
     accelerated(model)
-    operators = set()
-
-    def backend(graph, inputs):
-        operators.update(str(node.target) for node in graph.graph.nodes)
-        return aot_eager(graph, inputs)
-
+    backend, operators = recording_backend()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for case, (logits, grads) in zip(cases, want, strict=True):
         got, got_gradients = run(compiled, case)
         assert (got - logits).abs().max() <= LOGITS, case
         expect_close_gradients(got_gradients, grads)
-    assert any("tilewright.flash_attention" in operator for operator in operators)
+    expect_ours_alone(operators)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral, window", "gemma3, windows", "gpt_oss, sinks and windows"]
+)
+def test_compiled_steps_with_a_preallocated_cache(name, clean_memory):
+    model = tiny.seeded(tiny.DECODERS[name], attn_implementation="eager")
+    ids = tiny.tokens(length=2)  # shorter than the windows, which the steps grow through
+
+    def run(step):
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            logits = [model(ids, past_key_values=cache).logits[:, -1:]]
+            for _ in range(5):
+                logits.append(step(logits[-1].argmax(-1), past_key_values=cache).logits)
+        return torch.cat(logits, 1)
+
+    want = run(model)
+    accelerated(model)
+    backend, operators = recording_backend()
+    torch._dynamo.reset()
+    got = run(torch.compile(model, backend=backend, fullgraph=True))
+    assert (got - want).abs().max() <= LOGITS
+    expect_ours_alone(operators)
+
+
+def recording_backend():
+    """A backend for torch.compile, and the set of operators that its graphs hold."""
+    operators = set()
+
+    def backend(graph, inputs):
+        operators.update(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    return backend, operators
+
+
+def expect_ours_alone(operators):
+    assert any("tilewright.flash" in operator for operator in operators)
     assert not any("scaled_dot_product" in operator for operator in operators)

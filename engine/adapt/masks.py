@@ -55,7 +55,8 @@ def tilewright_mask(
             **options,
         )  # fmt: skip
 
-    rule = _rule(mask_function, options, compiling)
+    whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
+    rule = _rule(mask_function, options, compiling, q_length, whole)
     if rule is None or (attention_mask is not None and attention_mask.dim() != 2):
         return written_out()
     if rule == "bidirectional":
@@ -91,10 +92,11 @@ def tilewright_mask(
     return _live_keys(attention_mask, kv_length, kv_offset, compiling)
 
 
-def _rule(mask_function, options, compiling) -> str | None:
+def _rule(mask_function, options, compiling, q_length, whole) -> str | None:
     """ "causal", "bidirectional" or "packed" where that is certain, else None.
 
     "causal" includes the causal sliding window: its width reaches the attention call on its own.
+    whole   queries and keys are the same tokens: documents are packed in no other case
     """
     if options.get("use_vmap"):  # the model has supplied a rule of its own
         return None
@@ -110,7 +112,11 @@ def _rule(mask_function, options, compiling) -> str | None:
         chunked = getattr(options.get("config"), "attention_chunk_size", None) is not None
         if chunked or "allow_is_bidirectional_skip" in options:
             return None
-        return "causal" if options.get("allow_is_causal_skip", True) else "packed"
+        # a single query behind a preallocated cache may not skip either; documents of a single
+        # token see what a causal rule sees
+        if options.get("allow_is_causal_skip", True) or q_length == 1:
+            return "causal"
+        return "packed" if whole else None
     if _is_causal(mask_function):
         return "causal"
     parts = _parts(mask_function)
