@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -59,7 +60,7 @@ def interpolate_positions(model: nn.Module, target_length: int) -> list[str]:
     return [_stretch(modules, target_length) for modules in of_config.values()]
 
 
-def _stretch(rotaries: list[nn.Module], target_length: int) -> str:
+def _stretch(rotaries: list[Any], target_length: int) -> str:
     """The same for the rotary modules of one configuration; returns a line for the report."""
     config = rotaries[0].config
     rope = dict(config.rope_parameters)

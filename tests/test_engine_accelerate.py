@@ -109,6 +109,17 @@ class OwnAttention(nn.Module):
         self.qkv = nn.Linear(8, 24)
 
 
+def attention_without_source():
+    """A layer whose forward was made from a string: nothing tells what it hands over."""
+    names = {"interface": masking_utils.ALL_MASK_ATTENTION_FUNCTIONS}
+    exec("def forward(self, x):\n    return interface.get_interface('eager', None)(x)", names)
+    cls = type("StringAttention", (nn.Module,), {"forward": names["forward"]})
+    model = llama()
+    model.model.layers = nn.ModuleList([cls()])
+    model.model.layers[0].config = model.config
+    return model
+
+
 def output_attentions_configured():
     model = llama(attn_implementation="eager")
     model.config.output_attentions = True
@@ -128,6 +139,10 @@ UNFIT = {
     "an attention layer alone": (
         lambda: llama().model.layers[0].self_attn,
         "there is no PreTrainedModel with a configuration around it",
+    ),
+    "no source": (
+        attention_without_source,
+        "StringAttention stays: the source of its forward method cannot be read",
     ),
     "weights wanted": (
         output_attentions_configured,

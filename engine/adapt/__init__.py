@@ -6,10 +6,15 @@ transformers is imported by the first call, not with the package.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from tilewright.adapt.report import Replaced, Report, Skipped
+
+if TYPE_CHECKING:
+    from tilewright.adapt.table import Request
 
 __all__ = ["Replaced", "Report", "Skipped", "accelerate", "restore"]
 
@@ -40,7 +45,7 @@ def accelerate(
     Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the
     state dict and saved files stay as they are; `restore` undoes all of it. A call that our
     operator cannot take (output_attentions=True, a 4-D mask) runs transformers' own attention and
-    warns once. Calling it again starts from the stock model.
+    warns once. Accelerating again starts from the stock model; an error leaves the model stock.
     ValueError: an argument outside the above, or nothing in the model can be replaced.
 
     Source: Chen et al., LongLoRA, arXiv 2309.12307; Chen et al., position interpolation,
@@ -49,38 +54,14 @@ def accelerate(
     _check_arguments(model, attention, group_size, rope_target_length, train)
     from tilewright import longlora
     from tilewright.adapt import undo
-    from tilewright.adapt.attention import REPLACEMENT as attention_entry
-    from tilewright.adapt.table import Request, sites
+    from tilewright.adapt.table import Request
 
     if undo.is_changed(model):
         undo.undo(model)
-    request = Request(group_size=group_size or 0)
-    replaced: list[Replaced] = []
-    skipped: list[Skipped] = []
-    notes: list[str] = []
     try:
         swaps = undo.own_configs(model)
-        found = sites(model)
-        for entry in (attention_entry,):
-            candidates = [site for site in found if entry.is_candidate(site.module)]
-            reasons = {site.name: entry.why_not(site, request) for site in candidates}
-            fitting = [site for site in candidates if reasons[site.name] is None]
-            unfit = [site for site in candidates if reasons[site.name] is not None]
-            for site in unfit:
-                was = type(site.module).__name__
-                skipped.append(Skipped(entry.kind, site.name, was, reasons[site.name]))
-            if not fitting:
-                continue
-            for name, note in entry.install(fitting, reasons, unfit, request).items():
-                was = type(model.get_submodule(name)).__name__
-                replaced.append(Replaced(entry.kind, name, was, entry.operator, note))
-        report = Report(type(model).__name__, tuple(replaced), tuple(skipped))
-        if not replaced:
-            raise ValueError(f"accelerate: nothing in the model can be replaced. {report}")
-        if group_size and all(r.note.startswith("not causal") for r in replaced):
-            raise ValueError(
-                'accelerate: attention is "shifted", but the model has no causal attention layer'
-            )
+        report = _replace(model, Request(group_size=group_size or 0))
+        notes: list[str] = []
         if rope_target_length is not None:
             notes += longlora.interpolate_positions(model, rope_target_length)
         if train is not None:
@@ -90,7 +71,46 @@ def accelerate(
     except BaseException:
         undo.undo(model)
         raise
-    return Report(report.model, report.replaced, report.skipped, tuple(notes))
+    return replace(report, notes=tuple(notes))
+
+
+def _replace(model: nn.Module, request: Request) -> Report:
+    """Apply every entry of the table to every module that it fits."""
+    from tilewright.adapt.attention import NOT_SHIFTED
+    from tilewright.adapt.entries import TABLE
+    from tilewright.adapt.table import sites
+
+    replaced: list[Replaced] = []
+    skipped: list[Skipped] = []
+    found = sites(model)
+    for entry in TABLE:
+        fitting, unfit = [], []
+        for site in found:
+            if not entry.is_candidate(site.module):
+                continue
+            reason = entry.why_not(site, request)
+            if reason is None:
+                fitting.append(site)
+            else:
+                unfit.append((site, reason))
+        # read before anything is installed, which may swap classes
+        classes = [site.class_name for site in fitting]
+        skipped += [Skipped(entry.kind, s.name, s.class_name, reason) for s, reason in unfit]
+        notes = entry.install(fitting, unfit, request) if fitting else []
+        replaced += [
+            Replaced(entry.kind, site.name, was, entry.operator, note)
+            for site, was, note in zip(fitting, classes, notes, strict=True)
+        ]
+    report = Report(type(model).__name__, tuple(replaced), tuple(skipped))
+    if not replaced:
+        raise ValueError(f"accelerate: nothing in the model can be replaced. {report}")
+    attention = [r for r in replaced if r.kind == "attention"]
+    if request.group_size and all(r.note == NOT_SHIFTED for r in attention):
+        raise ValueError(
+            'accelerate: attention is "shifted", but the model has no causal attention layer '
+            f"that can be replaced. {report}"
+        )
+    return report
 
 
 def restore(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -21,7 +22,10 @@ from tilewright.adapt.masks import tilewright_mask
 from tilewright.adapt.stock import eager_function
 from tilewright.adapt.table import Replacement, Request, Site
 
+NOT_SHIFTED = "not causal: dense"
 NAME = "tilewright"  # must not hold "flash" nor "/": transformers gives those a meaning
+
+SOURCE_MISSING = "(source not found)"
 
 # what a layer may hand over by name; anything else may change the result, so it stays stock
 _UNDERSTOOD = {
@@ -50,16 +54,23 @@ def is_candidate(module: nn.Module) -> bool:
     )
 
 
-@functools.cache
 def handed_over(cls: type) -> frozenset[str] | None:
     """The arguments that a class passes by name to transformers' attention function.
 
-    None if it does not ask for that function, read from the source of its forward method.
+    None if it does not ask for that function, {SOURCE_MISSING} if what it passes cannot be read.
     """
-    forward = inspect.unwrap(cls.forward)
+    forward = inspect.unwrap(getattr(cls, "forward", lambda: None))
     if "get_interface" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None
-    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    return _read(forward)
+
+
+@functools.cache
+def _read(forward: Callable) -> frozenset[str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):  # defined at a prompt, or in a file that has gone
+        return frozenset({SOURCE_MISSING})
     called = {
         target.id
         for node in ast.walk(tree)
@@ -95,6 +106,8 @@ def why_not(site: Site, request: Request) -> str | None:
         return "its configuration asks for output_attentions"
     if not (owner._supports_sdpa or owner._supports_flash_attn):
         return f"{type(owner).__name__} supports eager attention only"
+    if SOURCE_MISSING in names:
+        return "the source of its forward method cannot be read, so neither what it hands over"
     unknown = sorted(names - _UNDERSTOOD)
     if unknown:
         return f"it hands over {', '.join(unknown)}, which flash_attention does not take"
@@ -138,27 +151,23 @@ def _why_not_layer_rule(module, config, names) -> str | None:
     return None
 
 
-def install(
-    fitting: list[Site], reasons: dict[str, str], skipped: list[Site], request: Request
-) -> dict[str, str]:
+def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request) -> list[str]:
     """Point the layers' configurations, already the model's own, at our attention function."""
     register()
     warned: set[str] = set()
     was = {id(site.module.config): site.module.config._attn_implementation for site in fitting}
-    notes = {}
+    notes = []
     for site in fitting:
-        config = site.module.config
         causal = getattr(site.module, "is_causal", True)
         group_size = request.group_size if causal else 0
-        settings = AttentionSettings(group_size, was[id(config)], warned=warned)
+        settings = AttentionSettings(group_size, was[id(site.module.config)], warned=warned)
         undo.set_attribute(site.module, SETTINGS, settings)
-        notes[site.name] = f"shifted in training, group_size {group_size}" if group_size else ""
-        if request.group_size and not causal:
-            notes[site.name] = "not causal: dense"
-    for site in skipped:  # may share a configuration with one that is replaced
+        note = f"shifted in training, group_size {group_size}" if group_size else ""
+        notes.append(note if causal or not request.group_size else NOT_SHIFTED)
+    for site, reason in unfit:  # may share a configuration with one that is replaced
         config = getattr(site.module, "config", None)
         if id(config) in was:
-            settings = AttentionSettings(0, was[id(config)], reasons[site.name], warned)
+            settings = AttentionSettings(0, was[id(config)], reason, warned)
             undo.set_attribute(site.module, SETTINGS, settings)
     for site in fitting:
         site.module.config._attn_implementation_internal = NAME

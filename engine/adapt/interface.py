@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -113,8 +114,8 @@ def tilewright_attention(
         return flash_attention(q, k, v, key_mask=key_mask, **rule), None
     batch, length = q.shape[:2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    out = flash_attention(q, k, v, cu_seqlens=bounds[0], cu_seqlens_k=bounds[1], **rule)
-    return out.unflatten(0, (batch, length)), None
+    packed: Any = flash_attention(q, k, v, cu_seqlens=bounds[0], cu_seqlens_k=bounds[1], **rule)
+    return packed.unflatten(0, (batch, length)), None
 
 
 def _why_stock(settings, query, key, value, mask, extra) -> str | None:

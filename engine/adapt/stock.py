@@ -14,8 +14,9 @@ def eager_function(module_class: type):
     """The eager attention beside the class in its modeling file, or None."""
     for cls in module_class.__mro__:
         file = sys.modules.get(cls.__module__)
-        if cls.__module__.split(".")[0] != "torch" and hasattr(file, "eager_attention_forward"):
-            return file.eager_attention_forward
+        found = getattr(file, "eager_attention_forward", None)
+        if found is not None and cls.__module__.split(".")[0] != "torch":
+            return found
     return None
 
 

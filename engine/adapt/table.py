@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,8 +32,12 @@ class Site:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     owner: PreTrainedModel | None
+
+    @property
+    def class_name(self) -> str:
+        return type(self.module).__name__
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Replacement:
     is_candidate   whether a module is of this kind at all
     why_not        why this one cannot be replaced, or None
     install        replaces the sites that fit, through `undo` so that it can be taken back; gets
-                   those that do not fit as well, with their reasons, and returns for each that
+                   those that do not fit as well, each with its reason, and returns for each that
                    fits a note for the report
     """
 
@@ -52,7 +57,7 @@ class Replacement:
     operator: str
     is_candidate: Callable[[nn.Module], bool]
     why_not: Callable[[Site, Request], str | None]
-    install: Callable[[list[Site], dict[str, str], list[Site], Request], dict[str, str]]
+    install: Callable[[list[Site], list[tuple[Site, str]], Request], list[str]]
 
 
 def sites(model: nn.Module) -> list[Site]:

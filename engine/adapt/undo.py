@@ -70,7 +70,7 @@ def set_attribute(module: nn.Module, name: str, value: object) -> None:
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
     """The flag of module's own parameter `name`, remembering what it was."""
-    parameter = module._parameters[name]
+    parameter = module.get_parameter(name)
     if parameter.requires_grad != flag:
         _log(module).append(Change(name, parameter.requires_grad, is_requires_grad=True))
         parameter.requires_grad_(flag)
@@ -126,7 +126,7 @@ def _put_back(module: nn.Module, change: Change) -> None:
     if change.is_requires_grad:
         parameter = module._parameters.get(change.name)
         if parameter is not None:
-            parameter.requires_grad_(change.before)
+            parameter.requires_grad_(bool(change.before))
     elif change.before is _Missing.MISSING:
         delattr(module, change.name)
     else:
