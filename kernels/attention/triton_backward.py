@@ -36,7 +36,7 @@ from tilewright.ops.attention.triton_tiles import (
 
 @triton.jit
 def terms_origin(document, q_origin, IS_PACKED: tl.constexpr):
-    """Where a document's row terms begin: on a multiple of 4, so that the copy engine can read them.
+    """Where a document's row terms begin: a multiple of 4, as the copy engine wants.
 
     Rounding q_origin down loses up to 3 places and the next document gains 4, so none overlap.
     """
@@ -127,7 +127,8 @@ def attention_dq_kernel(
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
     mask_stride_b, mask_stride_t,
-    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch, n_slots,
+    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch,
+    n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -245,9 +246,7 @@ def attention_dq_kernel(
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     token = batch.to(tl.int64) * n_queries + q_origin + start
-    store_rows(
-        dq_ptr, acc * scale, head, start, q_length, token, n_heads, BLOCK_Q, D, BLOCK_D
-    )
+    store_rows(dq_ptr, acc * scale, head, start, q_length, token, n_heads, BLOCK_Q, D, BLOCK_D)
 
 
 @triton.jit
@@ -277,7 +276,8 @@ def key_tile(
         first = tl.load(live_ptr + batch * 3)
         last = tl.load(live_ptr + batch * 3 + 1)
     return (
-        batch, kv_head, document, tile * BLOCK_K, q_origin, q_length, k_origin, k_length, first, last
+        batch, kv_head, document, tile * BLOCK_K, q_origin, q_length, k_origin, k_length,
+        first, last,
     )  # fmt: skip
 
 
@@ -333,7 +333,8 @@ def attention_dkv_kernel(
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
     mask_stride_b, mask_stride_t,
-    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch, n_slots,
+    n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch,
+    n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -341,7 +342,7 @@ def attention_dkv_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
     WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
 ):  # fmt: skip
-    """dk[j] = scale sum_i dS_ij q[i], dv[j] = sum_i P_ij dout[i], over all query heads of a kv head.
+    """dk[j] = scale sum_i dS_ij q[i], dv[j] = sum_i P_ij dout[i], over a kv head's query heads.
 
     q (B, Lq, H, D)   k (B, Lk, Hkv, D)   v (B, Lk, Hkv, Dv)   dout (B, Lq, H, Dv)   any strides
     dk (B, Lk, Hkv, D), dv (B, Lk, Hkv, Dv) contiguous   terms (2, B H, pitch)

@@ -83,7 +83,7 @@ def dkv_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
 
 
 def dkv_passes(width: int) -> tuple[tuple[bool, bool], ...]:
-    """(wants dK, wants dV) of each launch: past 128 columns two accumulators do not fit registers."""
+    """(wants dK, wants dV) of each launch: wide rows leave registers for one accumulator only."""
     return ((True, False), (False, True)) if width > 128 else ((True, True),)
 
 
@@ -102,4 +102,4 @@ def decode_tiles(capability, dtype: torch.dtype, width: int, n_rows: int) -> Dec
     if dtype == torch.float32:
         return DecodeTiles(16, 32, 4, 2)
     keys = 64 if width <= 128 else 32
-    return DecodeTiles(queries, keys, 4, 3)
+    return DecodeTiles(queries, keys, 4 if queries == 16 else 8, 3)

@@ -15,7 +15,7 @@ from tilewright.ops.attention.triton_tiles import LN_2, LOG2_E, tanh
 def row_of_cache(
     key_starts_ptr, key_lengths_ptr, batch, first_query, window_left, n_queries, n_slots
 ):  # fmt: skip
-    """[first, last) of the cache positions that a query at or after first_query sees, and length."""
+    """(first position that a query at or after first_query may see, the row's length)."""
     length = tl.minimum(tl.load(key_lengths_ptr + batch), n_slots)
     first = tl.maximum(tl.load(key_starts_ptr + batch), 0)
     # query i stands at position length - n_queries + i
@@ -118,9 +118,7 @@ def attention_decode_kernel(
             else:
                 s = s * log2_scale
             visible = (
-                inside[None, :]
-                & (keys[None, :] >= low[:, None])
-                & (keys[None, :] < high[:, None])
+                inside[None, :] & (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
             )
             s = tl.where(visible, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -152,7 +150,7 @@ def attention_combine_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_c 2**(lse_c - lse) partial_c over a row's chunks, in their order: one program a row.
+    """out = sum_c 2**(lse_c - lse) partial_c over a row's chunks in order: one program a row.
 
     partial (B, H, Lq, n_chunks, Dv)   out (B, Lq, H, Dv)   lse (B, H, Lq), natural logarithm
     """

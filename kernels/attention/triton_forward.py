@@ -109,9 +109,7 @@ def key_tiles(
             start + offset, first, last, left, right, group, shift, SEGMENTS
         )
         end = tl.minimum(start + BLOCK_Q, q_length) - 1 + offset
-        low_max, high_max = keys_of_query(
-            end, first, last, left, right, group, shift, SEGMENTS
-        )
+        low_max, high_max = keys_of_query(end, first, last, left, right, group, shift, SEGMENTS)
     low_min = low_min // KEY_STEP * KEY_STEP
     n_near, n_before, n_core = cut_tiles(low_min, low_max, high_min, high_max, BLOCK_K)
     n_core = tl.where(has_holes, 0, n_core)
@@ -287,8 +285,6 @@ def attention_forward_kernel(
     acc = acc * (keep_scale / l)[:, None]
     lse = tl.where(is_empty, float("-inf"), (m + tl.log2(l)) * LN_2)
     token = batch.to(tl.int64) * n_queries + q_origin + start
-    store_rows(
-        out_ptr, acc, head, start, q_length, token, n_heads, BLOCK_Q, DV, BLOCK_DV
-    )
+    store_rows(out_ptr, acc, head, start, q_length, token, n_heads, BLOCK_Q, DV, BLOCK_DV)
     lse_offset = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin
     tl.store(lse_ptr + lse_offset + queries, lse, mask=queries < q_length)

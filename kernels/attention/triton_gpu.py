@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilewright import settings
@@ -43,7 +42,7 @@ def why_not(p: Problem) -> str | None:
         return "written for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+        return "needs compute capability 8.0, this GPU has {}.{}".format(*capability)
     return None
 
 
@@ -71,6 +70,10 @@ class Launch:
         )
         with on_device:
             self.kernel[(self.programs,)](**self.arguments, **options)
+
+
+def _launch(kernel, programs: int, arguments: dict, tiles: config.Tiles, device) -> Launch:
+    return Launch(kernel, programs, arguments, tiles.num_warps, tiles.num_stages, device)
 
 
 def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -113,12 +116,13 @@ def _source(t: torch.Tensor, rows: int, width: int, by_descriptor: bool):
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, width])
 
 
-def _terms_source(terms: torch.Tensor, n_queries: int, queries: int, by_descriptor: bool):
+def _terms_source(terms: torch.Tensor, p: Problem, queries: int, by_descriptor: bool):
     """What a kernel reads `queries` row terms from: a descriptor, or the tensor (2, B H, pitch)."""
     if not by_descriptor:
         return terms
     # in batch form, queries past the end read as zeros; packed documents are checked in the kernel
-    shape = [2, terms.shape[1], n_queries]
+    last = p.n_queries if p.cu_seqlens_q is None else terms.shape[2]
+    shape = [2, terms.shape[1], last]
     return TensorDescriptor(terms, shape, list(terms.stride()), [1, 1, queries])
 
 
@@ -126,10 +130,10 @@ def _live_range(p: Problem) -> list[Launch]:
     """The launch that fills `live` (B, 3) from key_mask."""
     mask = p.key_mask.view(torch.uint8)
     live = torch.empty(p.batch, 3, dtype=torch.int32, device=mask.device)
-    arguments = dict(
-        key_mask_ptr=mask, live_ptr=live, stride_b=mask.stride(0), stride_t=mask.stride(1),
-        n_keys=p.n_keys, BLOCK=1024,
-    )  # fmt: skip
+    arguments = {
+        "key_mask_ptr": mask, "live_ptr": live,
+        "stride_b": mask.stride(0), "stride_t": mask.stride(1), "n_keys": p.n_keys, "BLOCK": 1024,
+    }  # fmt: skip
     return [Launch(live_range_kernel, p.batch, arguments, device=mask.device)]
 
 
@@ -143,30 +147,34 @@ def _slots(cu_seqlens: torch.Tensor | None, n_tokens: int, block: int) -> int:
 
 def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
     """The arguments that all kernels of forward and backward share."""
-    unlimited = [_UNLIMITED if w < 0 else min(w, _UNLIMITED) for w in (p.window_left, p.window_right)]
+    left, right = (
+        _UNLIMITED if w < 0 else min(w, _UNLIMITED) for w in (p.window_left, p.window_right)
+    )
     segments = (_WRAPPED if p.wraparound else _CUT) if p.group_size else _WHOLE
     if p.is_causal and segments != _WRAPPED:
-        unlimited[1] = 0 if p.window_right < 0 else min(p.window_right, 0)
+        right = 0
     n_documents = 0 if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
     mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
     group = min(p.group_size, _UNLIMITED)
-    return dict(
-        cu_q_ptr=p.cu_seqlens_q, cu_k_ptr=p.cu_seqlens_k, live_ptr=live, key_mask_ptr=mask,
-        seed_ptr=p.dropout_seed.to(device) if p.dropout_p else None,
-        mask_stride_b=0 if mask is None else mask.stride(0),
-        mask_stride_t=0 if mask is None else mask.stride(1),
-        n_queries=p.n_queries, n_keys=p.n_keys, n_heads=p.n_heads,
-        queries_per_kv_head=p.queries_per_kv_head,
-        n_documents=n_documents, n_steps=n_documents.bit_length(),
-        scale=p.scale, softcap=p.softcap, left=unlimited[0], right=unlimited[1],
-        group=group, group_shift=group // 2, first_shifted_head=p.first_shifted_head,
+    return {
+        "cu_q_ptr": p.cu_seqlens_q, "cu_k_ptr": p.cu_seqlens_k,
+        "live_ptr": live, "key_mask_ptr": mask,
+        "seed_ptr": p.dropout_seed.to(device) if p.dropout_p else None,
+        "mask_stride_b": 0 if mask is None else mask.stride(0),
+        "mask_stride_t": 0 if mask is None else mask.stride(1),
+        "n_queries": p.n_queries, "n_keys": p.n_keys, "n_heads": p.n_heads,
+        "queries_per_kv_head": p.queries_per_kv_head,
+        "n_documents": n_documents, "n_steps": n_documents.bit_length(),
+        "scale": p.scale, "softcap": p.softcap, "left": left, "right": right,
+        "group": group, "group_shift": group // 2, "first_shifted_head": p.first_shifted_head,
         # uniform >= p, in units of 2**-24
-        threshold=math.ceil(p.dropout_p * 2**24), keep_scale=1.0 / (1.0 - p.dropout_p),
-        D=p.head_dim, DV=p.value_dim,
-        BLOCK_D=config.block_width(p.head_dim), BLOCK_DV=config.block_width(p.value_dim),
-        SEGMENTS=segments, IS_CAUSAL=p.is_causal, IS_PACKED=p.cu_seqlens_q is not None,
-        HAS_KEY_MASK=mask is not None, HAS_SOFTCAP=p.softcap > 0, HAS_DROPOUT=p.dropout_p > 0,
-    )  # fmt: skip
+        "threshold": math.ceil(p.dropout_p * 2**24), "keep_scale": 1.0 / (1.0 - p.dropout_p),
+        "D": p.head_dim, "DV": p.value_dim,
+        "BLOCK_D": config.block_width(p.head_dim), "BLOCK_DV": config.block_width(p.value_dim),
+        "SEGMENTS": segments, "IS_CAUSAL": p.is_causal, "IS_PACKED": p.cu_seqlens_q is not None,
+        "HAS_KEY_MASK": mask is not None, "HAS_SOFTCAP": p.softcap > 0,
+        "HAS_DROPOUT": p.dropout_p > 0,
+    }  # fmt: skip
 
 
 def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
@@ -177,20 +185,17 @@ def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
     tiles = config.forward_tiles(capability, p.dtype, max(rule["BLOCK_D"], rule["BLOCK_DV"]))
     by_descriptor = _by_descriptor(capability, q, k, v)
     n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
-    arguments = dict(
-        q=_source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
-        k=_source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
-        v=_source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
-        out_ptr=out, lse_ptr=lse, sinks_ptr=p.sinks,
+    arguments = {
+        "q": _source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
+        "k": _source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
+        "v": _source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
+        "out_ptr": out, "lse_ptr": lse, "sinks_ptr": p.sinks,
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **rule,
-        n_slots=n_slots, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
-        HAS_SINKS=p.sinks is not None, BY_DESCRIPTOR=by_descriptor,
-    )  # fmt: skip
+        "n_slots": n_slots, "BLOCK_Q": tiles.queries, "BLOCK_K": tiles.keys,
+        "HAS_SINKS": p.sinks is not None, "BY_DESCRIPTOR": by_descriptor,
+    }  # fmt: skip
     programs = n_slots * p.n_heads * p.batch
-    launch = Launch(
-        attention_forward_kernel, programs, arguments, tiles.num_warps, tiles.num_stages, q.device
-    )
-    return [*launches, launch]
+    return [*launches, _launch(attention_forward_kernel, programs, arguments, tiles, q.device)]
 
 
 def forward(q, k, v, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,16 +227,16 @@ def backward_launches(
     terms = torch.empty(2, n_rows, pitch, dtype=torch.float32, device=q.device)
     rows = 64
     n_slots = _slots(p.cu_seqlens_q, p.n_queries, rows)
-    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
-    arguments = dict(
-        out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, terms_ptr=terms,
-        cu_q_ptr=p.cu_seqlens_q, **_strides("dout", dout),
-        dlse_stride_b=dlse_strides[0], dlse_stride_h=dlse_strides[1], dlse_stride_t=dlse_strides[2],
-        n_queries=p.n_queries, n_heads=p.n_heads, n_documents=rule["n_documents"],
-        n_steps=rule["n_steps"], n_rows=n_rows, terms_pitch=pitch, n_slots=n_slots,
-        IS_PACKED=rule["IS_PACKED"],
-        DV=p.value_dim, BLOCK_DV=rule["BLOCK_DV"], BLOCK_Q=rows, HAS_DLSE=dlse is not None,
-    )  # fmt: skip
+    dlse_b, dlse_h, dlse_t = (0, 0, 0) if dlse is None else dlse.stride()
+    arguments = {
+        "out_ptr": out, "dout_ptr": dout, "lse_ptr": lse, "dlse_ptr": dlse, "terms_ptr": terms,
+        "cu_q_ptr": p.cu_seqlens_q, **_strides("dout", dout),
+        "dlse_stride_b": dlse_b, "dlse_stride_h": dlse_h, "dlse_stride_t": dlse_t,
+        "n_queries": p.n_queries, "n_heads": p.n_heads, "n_documents": rule["n_documents"],
+        "n_steps": rule["n_steps"], "n_rows": n_rows, "terms_pitch": pitch, "n_slots": n_slots,
+        "IS_PACKED": rule["IS_PACKED"], "HAS_DLSE": dlse is not None,
+        "DV": p.value_dim, "BLOCK_DV": rule["BLOCK_DV"], "BLOCK_Q": rows,
+    }  # fmt: skip
     programs = n_slots * p.n_heads * p.batch
     launches.append(Launch(attention_row_terms_kernel, programs, arguments, device=q.device))
 
@@ -240,39 +245,31 @@ def backward_launches(
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("dout", dout)}
 
     def shared(tiles: config.Tiles, n_slots: int) -> dict:
-        return dict(
-            q=_source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
-            k=_source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
-            v=_source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
-            dout=_source(dout, tiles.queries, rule["BLOCK_DV"], by_descriptor),
-            **strides, **rule, n_rows=n_rows, terms_pitch=pitch, n_slots=n_slots,
-            BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_DESCRIPTOR=by_descriptor,
-        )  # fmt: skip
+        return {
+            "q": _source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
+            "k": _source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
+            "v": _source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
+            "dout": _source(dout, tiles.queries, rule["BLOCK_DV"], by_descriptor),
+            **strides, **rule, "n_rows": n_rows, "terms_pitch": pitch, "n_slots": n_slots,
+            "BLOCK_Q": tiles.queries, "BLOCK_K": tiles.keys, "BY_DESCRIPTOR": by_descriptor,
+        }  # fmt: skip
 
     if dq is not None:
         tiles = config.dq_tiles(capability, p.dtype, width)
         n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
-        launches.append(
-            Launch(
-                attention_dq_kernel, n_slots * p.n_heads * p.batch,
-                dict(**shared(tiles, n_slots), terms_ptr=terms, dq_ptr=dq),
-                tiles.num_warps, tiles.num_stages, q.device,
-            )  # fmt: skip
-        )
+        arguments = {**shared(tiles, n_slots), "terms_ptr": terms, "dq_ptr": dq}
+        programs = n_slots * p.n_heads * p.batch
+        launches.append(_launch(attention_dq_kernel, programs, arguments, tiles, q.device))
     for wants_dk, wants_dv in config.dkv_passes(width) if dk is not None else ():
         tiles = config.dkv_tiles(capability, p.dtype, width)
         n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
-        arguments = shared(tiles, n_slots)
-        arguments.update(
-            terms=_terms_source(terms, p.n_queries if p.cu_seqlens_q is None else pitch, tiles.queries, by_descriptor),
-            dk_ptr=dk, dv_ptr=dv, WANTS_DK=wants_dk, WANTS_DV=wants_dv,
-        )  # fmt: skip
-        launches.append(
-            Launch(
-                attention_dkv_kernel, n_slots * p.n_kv_heads * p.batch, arguments,
-                tiles.num_warps, tiles.num_stages, q.device,
-            )  # fmt: skip
-        )
+        arguments = {
+            **shared(tiles, n_slots),
+            "terms": _terms_source(terms, p, tiles.queries, by_descriptor),
+            "dk_ptr": dk, "dv_ptr": dv, "WANTS_DK": wants_dk, "WANTS_DV": wants_dv,
+        }  # fmt: skip
+        programs = n_slots * p.n_kv_heads * p.batch
+        launches.append(_launch(attention_dkv_kernel, programs, arguments, tiles, q.device))
     return launches
 
 
@@ -312,31 +309,31 @@ def decode_launches(
     partial = torch.empty(n_places, n_chunks, p.value_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(n_places, n_chunks, dtype=torch.float32, device=q.device)
     window_left = _UNLIMITED if p.window_left < 0 else min(p.window_left, _UNLIMITED)
-    shared = dict(
-        key_starts_ptr=p.key_starts, key_lengths_ptr=p.key_lengths,
-        partial_ptr=partial, partial_lse_ptr=partial_lse,
-        n_queries=p.n_queries, n_slots=n_slots, n_heads=p.n_heads,
-        queries_per_kv_head=p.queries_per_kv_head, n_chunks=n_chunks, window_left=window_left,
-        DV=p.value_dim, BLOCK_DV=block_dv, BLOCK_Q=tiles.queries, CHUNK=tiles.chunk,
-    )  # fmt: skip
+    shared = {
+        "key_starts_ptr": p.key_starts, "key_lengths_ptr": p.key_lengths,
+        "partial_ptr": partial, "partial_lse_ptr": partial_lse,
+        "n_queries": p.n_queries, "n_slots": n_slots, "n_heads": p.n_heads,
+        "queries_per_kv_head": p.queries_per_kv_head,
+        "n_chunks": n_chunks, "window_left": window_left,
+        "DV": p.value_dim, "BLOCK_DV": block_dv, "BLOCK_Q": tiles.queries, "CHUNK": tiles.chunk,
+    }  # fmt: skip
     table = p.page_table
-    decode = dict(
-        q=q, k=k, v=v, page_table_ptr=table, **_strides("q", q), **_strides("k", k),
-        **_strides("v", v), table_stride_b=0 if table is None else table.stride(0),
-        table_stride_p=0 if table is None else table.stride(1),
-        n_splits=n_splits, n_packs=n_packs, scale=p.scale, softcap=p.softcap,
-        D=p.head_dim, BLOCK_D=block_d, BLOCK_K=tiles.keys, PAGE=page,
-        IS_CAUSAL=p.is_causal, HAS_SOFTCAP=p.softcap > 0, **shared,
-    )  # fmt: skip
-    combine = dict(
-        sinks_ptr=p.sinks, out_ptr=out, lse_ptr=lse, CHUNKS=16, HAS_SINKS=p.sinks is not None,
-        **shared,
-    )  # fmt: skip
+    decode = {
+        "q": q, "k": k, "v": v, "page_table_ptr": table, **_strides("q", q), **_strides("k", k),
+        **_strides("v", v), "table_stride_b": 0 if table is None else table.stride(0),
+        "table_stride_p": 0 if table is None else table.stride(1),
+        "n_splits": n_splits, "n_packs": n_packs, "scale": p.scale, "softcap": p.softcap,
+        "D": p.head_dim, "BLOCK_D": block_d, "BLOCK_K": tiles.keys, "PAGE": page,
+        "IS_CAUSAL": p.is_causal, "HAS_SOFTCAP": p.softcap > 0, **shared,
+    }  # fmt: skip
+    combine = {
+        "sinks_ptr": p.sinks, "out_ptr": out, "lse_ptr": lse,
+        "CHUNKS": 16, "HAS_SINKS": p.sinks is not None, **shared,
+    }  # fmt: skip
     return [
-        Launch(attention_decode_kernel, n_splits * n_shares, decode,
-               tiles.num_warps, tiles.num_stages, q.device),
+        _launch(attention_decode_kernel, n_splits * n_shares, decode, tiles, q.device),
         Launch(attention_combine_kernel, n_places, combine, device=q.device),
-    ]  # fmt: skip
+    ]
 
 
 def decode(q, k, v, p: Problem, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:

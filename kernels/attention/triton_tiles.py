@@ -98,9 +98,7 @@ def keys_of_query(i, first, last, left, right, group, shift, SEGMENTS: tl.conste
 
 
 @triton.jit
-def queries_of_key(
-    j, first, offset, n_queries, left, right, group, shift, SEGMENTS: tl.constexpr
-):
+def queries_of_key(j, first, offset, n_queries, left, right, group, shift, SEGMENTS: tl.constexpr):
     """[low, high) of the queries that see a live key at j; offset is the first query's position."""
     low = tl.maximum(j - right, offset)
     high = tl.minimum(j + left + 1, offset + n_queries)
@@ -126,7 +124,7 @@ def cut_tiles(low_min, low_max, high_min, high_max, BLOCK: tl.constexpr):
 
 @triton.jit
 def union(low, high):
-    """The least interval that holds the intervals of all rows: (low, high), (0, 0) if all are empty."""
+    """The least interval (low, high) that holds all rows' intervals; (0, 0) if all are empty."""
     is_empty = low >= high
     low = tl.min(tl.where(is_empty, 2147483647, low), 0)
     high = tl.max(tl.where(is_empty, 0, high), 0)
@@ -178,7 +176,7 @@ def store_rows(
     target_ptr, values, head, row, limit, token, n_heads,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Store (ROWS, BLOCK_WIDTH) into a contiguous (tokens, heads, width); row `row` is token `token`."""
+    """Store a tile into contiguous (tokens, heads, width); its first row is token `token`."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_WIDTH)
     offsets = ((token + rows.to(tl.int64)) * n_heads + head)[:, None] * WIDTH + columns[None, :]
