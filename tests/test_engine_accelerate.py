@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
     OlmoeConfig,
     OlmoeForCausalLM,
     Qwen2MoeConfig,
@@ -82,6 +85,26 @@ def test_layers_of_two_kinds_in_one_configuration():
         ("model.layers.0.self_attn", "its layer type is chunked_attention")
     ]
     assert "Llama4TextAttention stays: its layer type is chunked_attention" in str(report)
+    assert (got - want)[mask.bool()].abs().max() <= CLOSE
+
+
+def test_windows_to_both_sides_stay_stock():
+    config = ModernBertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=tiny.VOCABULARY, local_attention=4, pad_token_id=0, initializer_range=0.25,
+        layer_types=["full_attention", "sliding_attention"], attn_implementation="eager",
+    )  # fmt: skip
+    model = tiny.seeded(lambda: ModernBertModel(config))
+    ids, mask = tiny.tokens(), tiny.padding("left")
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).last_hidden_state
+        report = tw.accelerate(model)
+        with pytest.warns(UserWarning, match="the attention mask is 4-D"):
+            got = model(ids, attention_mask=mask).last_hidden_state
+    assert [r.note for r in report.replaced] == [
+        "",
+        "its own where a window to both sides hides a key",
+    ]
     assert (got - want)[mask.bool()].abs().max() <= CLOSE
 
 
@@ -298,6 +321,15 @@ def test_a_copy_is_accelerated_and_restored_on_its_own():
     tw.restore(other)
     assert other.config._attn_implementation == "sdpa"
     assert other.config is not model.config
+
+
+def test_an_accelerated_model_can_be_pickled():
+    model = llama()
+    tw.accelerate(model)
+    other = pickle.loads(pickle.dumps(model))
+    tw.restore(other)
+    assert other.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "tilewright"
 
 
 def test_restore_follows_the_model_to_another_dtype():

@@ -124,10 +124,7 @@ def why_not(site: Site, request: Request) -> str | None:
 def _why_not_layer_rule(module, config, names) -> str | None:
     """The window reaches us by name, apart from the mask: both must speak of the same layers."""
     layer_types = getattr(config, "layer_types", None)
-    layer = getattr(module, "layer_idx", None)
-    kind = None
-    if layer_types and isinstance(layer, int) and layer < len(layer_types):
-        kind = layer_types[layer]
+    kind = _layer_type(module, config)
     if kind not in (None, "full_attention", "sliding_attention"):
         return f"its layer type is {kind}"
     if not getattr(module, "is_causal", True):
@@ -151,6 +148,14 @@ def _why_not_layer_rule(module, config, names) -> str | None:
     return None
 
 
+def _layer_type(module, config) -> str | None:
+    layer_types = getattr(config, "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    if layer_types and isinstance(layer, int) and layer < len(layer_types):
+        return layer_types[layer]
+    return None
+
+
 def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request) -> list[str]:
     """Point the layers' configurations, already the model's own, at our attention function."""
     register()
@@ -162,8 +167,14 @@ def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request
         group_size = request.group_size if causal else 0
         settings = AttentionSettings(group_size, was[id(site.module.config)], warned=warned)
         undo.set_attribute(site.module, SETTINGS, settings)
-        note = f"shifted in training, group_size {group_size}" if group_size else ""
-        notes.append(note if causal or not request.group_size else NOT_SHIFTED)
+        if group_size:
+            notes.append(f"shifted in training, group_size {group_size}")
+        elif request.group_size:
+            notes.append(NOT_SHIFTED)
+        elif not causal and _layer_type(site.module, site.module.config) == "sliding_attention":
+            notes.append("its own where a window to both sides hides a key")
+        else:
+            notes.append("")
     for site, reason in unfit:  # may share a configuration with one that is replaced
         config = getattr(site.module, "config", None)
         if id(config) in was:
