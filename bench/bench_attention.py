@@ -110,8 +110,11 @@ def ours(case: dict, q, k, v, impl: str = "auto") -> torch.Tensor:
     """Attention by tilewright, (B, L, H, D)."""
     if "S" in case:
         lengths = _lengths(case["B"], case["S"], q.device)
-        return tilewright.flash_decode(q, k, v, key_lengths=lengths, impl=impl)
-    return tilewright.flash_attention(q, k, v, **_rule(case), impl=impl)
+        out = tilewright.flash_decode(q, k, v, key_lengths=lengths, impl=impl)
+    else:
+        out = tilewright.flash_attention(q, k, v, **_rule(case), impl=impl)
+    assert isinstance(out, torch.Tensor)  # a pair only with return_lse
+    return out
 
 
 def truth(case: dict, q, k, v) -> torch.Tensor:

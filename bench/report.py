@@ -219,6 +219,16 @@ def append_csv(path: Path, operator: str, where: dict, device: str, rows: list[R
             )  # fmt: skip
 
 
+def rate_and_spread(row: Row) -> tuple[float, float, float]:
+    """GFLOP/s of a timed row, and how far the quantiles reach below and above it."""
+    assert row.times is not None
+    slow, rate, fast = (
+        row.operations / us / 1e3
+        for us in (row.times.q80_us, row.times.median_us, row.times.q20_us)
+    )
+    return rate, rate - slow, fast - rate
+
+
 def plot(folder: Path, operator: str, where: dict, rows: list[Row]) -> Path:
     """Bars of GFLOP/s with the 20 % and 80 % quantiles, a group for each case; returns the PNG."""
     try:
@@ -239,10 +249,8 @@ def plot(folder: Path, operator: str, where: dict, rows: list[Row]) -> Path:
     for index, variant in enumerate(variants):
         mine = {(row.case, row.dtype, row.mode): row for row in timed if row.variant == variant}
         places = [i for i, group in enumerate(groups) if group in mine]
-        shown = [mine[groups[i]] for i in places]
-        rates = [row.gflops for row in shown]
-        low = [row.gflops - row.operations / row.times.q80_us / 1e3 for row in shown]
-        high = [row.operations / row.times.q20_us / 1e3 - row.gflops for row in shown]
+        bars = [rate_and_spread(mine[groups[i]]) for i in places]
+        rates, low, high = ([bar[part] for bar in bars] for part in range(3))
         axes.bar([i + index * width for i in places], rates, width, yerr=[low, high], label=variant)
     labels = [f"{case}\n{dtype} {mode}" for case, dtype, mode in groups]
     axes.set_xticks(

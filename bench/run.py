@@ -14,7 +14,7 @@ import torch
 from tilewright.bench import ceilings as machine
 from tilewright.bench import report
 from tilewright.bench.report import OURS, Row
-from tilewright.bench.timing import first_line, time_interleaved
+from tilewright.bench.timing import Times, first_line, time_interleaved
 from tilewright.bench.variant import Variant, call
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runs:
         raise ValueError(f"bench: none of the cases {', '.join(cases)} has mode {args.mode}")
 
-    options = {name: value for name, value in vars(args).items() if value not in (None, False)}
+    files = ("json", "csv", "plot")  # where results go says nothing about them
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if value not in (None, False) and name not in files
+    }
     where = report.environment(args.device, options)
     ceilings = machine.measure(args.device)
     print(report.header(args.op, where, ceilings))
@@ -154,11 +159,11 @@ def check(
         worst, wrong = 0.0, ""
         for part, t, s, g in zip(("output", *gradients), truth, stock, got, strict=True):
             size, last_rounding = rms(t), torch.finfo(DTYPES[dtype]).eps / 2
-            error = rms(variant.restore(g).double() - t)
+            miss = rms(variant.restore(g).double() - t)
             budget = max(2 * rms(s.double() - t), last_rounding * size)
-            worst = max(worst, error / size if size else error)
-            if not error <= budget and name == OURS:  # NaN is wrong
-                wrong = wrong or f"{part} errs by {error:.2e}, at most {budget:.2e} is right"
+            worst = max(worst, miss / size if size else miss)
+            if not miss <= budget and name == OURS:  # NaN is wrong
+                wrong = wrong or f"{part} errs by {miss:.2e}, at most {budget:.2e} is right"
         results[name] = (worst, wrong)
     return results
 
@@ -168,7 +173,8 @@ def measure(room, case_name, dtype, mode, args, variants, errors, ceilings) -> l
     case = room.CASES[case_name]
     gradients = room.GRADIENTS if mode == "fwd+bwd" else ()
     inputs = room.make_inputs(case, DTYPES[dtype], args.device)
-    functions, outcome = {}, {}
+    functions: dict = {}
+    outcome: dict[str, Times | str] = {}
     for name, variant in variants.items():
         if errors.get(name, (0.0, ""))[1]:
             outcome[name] = f"wrong: {errors[name][1]}"
@@ -177,28 +183,28 @@ def measure(room, case_name, dtype, mode, args, variants, errors, ceilings) -> l
             functions[name] = call(variant, {**case, **variant.computes}, inputs, gradients)
         except Exception as error:
             outcome[name] = first_line(error)
-    outcome |= time_interleaved(
+    times = time_interleaved(
         functions,
         device=args.device,
         seconds=args.seconds / (10 if args.quick else 1),
         min_samples=3 if args.quick else 5,
         flush_cache=args.flush_cache,
     )
+    outcome |= times
     operations, n_bytes = room.work(case, DTYPES[dtype].itemsize, mode)
     least_us, bound = ceilings.least_us(operations, n_bytes, DTYPES[dtype])
     ours = outcome.get(OURS)
     rows = []
     for name in variants:
         result = outcome[name]
-        failed = isinstance(result, str)
-        error = errors.get(name, (None, ""))[0]
         rows.append(
             Row(
                 case=case_name, dtype=dtype, mode=mode, variant=name,
-                times=None if failed else result, why_not=result if failed else "",
+                times=None if isinstance(result, str) else result,
+                why_not=result if isinstance(result, str) else "",
                 operations=operations, n_bytes=n_bytes, least_us=least_us, bound=bound,
                 ours_us=None if ours is None or isinstance(ours, str) else ours.median_us,
-                error=error,
+                error=errors.get(name, (None, ""))[0],
             )
         )  # fmt: skip
     return rows

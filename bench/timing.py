@@ -98,7 +98,8 @@ def time_interleaved(
             results[name] = first_line(error)
             continue
         calls[name] = max(1, round(SAMPLE_US / max(once_us, 1e-3)))
-    names, samples = list(calls), {name: [] for name in calls}
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for turn in range(max_samples if names else 0):
         for name in rotated(names, turn):
