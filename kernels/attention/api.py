@@ -171,9 +171,10 @@ def _describe(
 
 
 def _expect_finite(name: str, scale: float | None, softcap: float) -> None:
-    if scale is not None and not math.isfinite(scale):
+    # comparisons, not math.isfinite: these may be symbolic floats of a graph being traced
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"{name}: scale is {scale}, need a finite number")
-    if softcap < 0 or not math.isfinite(softcap):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap is {softcap}, need 0 (none) or a positive number")
 
 
@@ -184,9 +185,7 @@ def _window(window) -> tuple[int, int]:
         raise ValueError(f"flash_attention: window is {window!r}, need (left, right)")
     for side in window:
         if side is not None and side < 0:
-            raise ValueError(
-                f"flash_attention: window is {tuple(window)}, need sizes >= 0 or None"
-            )
+            raise ValueError(f"flash_attention: window is {tuple(window)}, need sizes >= 0 or None")
     left, right = window
     return -1 if left is None else left, -1 if right is None else right
 
@@ -318,9 +317,7 @@ def flash_decode(
         softcap, sinks,
     )  # fmt: skip
     if num_splits is not None and num_splits < 1:
-        raise ValueError(
-            f"flash_decode: num_splits is {num_splits}, need >= 1, or None to choose"
-        )
+        raise ValueError(f"flash_decode: num_splits is {num_splits}, need >= 1, or None to choose")
     out, lse = op.call_flash_decode(q, k_cache, v_cache, p, num_splits or 0, impl)
     return (out, lse) if return_lse else out
 
