@@ -222,10 +222,8 @@ def append_csv(path: Path, operator: str, where: dict, device: str, rows: list[R
 def rate_and_spread(row: Row) -> tuple[float, float, float]:
     """GFLOP/s of a timed row, and how far the quantiles reach below and above it."""
     assert row.times is not None
-    slow, rate, fast = (
-        row.operations / us / 1e3
-        for us in (row.times.q80_us, row.times.median_us, row.times.q20_us)
-    )
+    times = row.times.q80_us, row.times.median_us, row.times.q20_us
+    slow, rate, fast = (row.operations / us / 1e3 for us in times)
     return rate, rate - slow, fast - rate
 
 
