@@ -88,7 +88,7 @@ def test_embeddings_of_real_sentences(folder, monkeypatch):
     # unsorted, so that most rows of a batch are padded
     batches = [
         tokenizer(
-            sentences[i : i + BATCH], padding=True, truncation=True, max_length=48,
+            sentences[i : i + BATCH], padding=True, truncation=True, max_length=32,
             return_tensors="pt",
         )
         for i in range(0, N_SENTENCES, BATCH)
