@@ -62,7 +62,11 @@ class Results:
 
 @dataclass(frozen=True)
 class Prepared:
-    """q, k, v, dout and options of a call, with its stock and its true results."""
+    """q, k, v, dout and options of a call, with its stock and its true results.
+
+    terms       for each result the sum of the magnitudes of what is summed up in float32
+    cancelled   the same over the queries that see one key alone, whose dq and dk are truly 0
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -71,6 +75,8 @@ class Prepared:
     options: dict
     stock: Results
     truth: Results
+    terms: Results
+    cancelled: Results
 
 
 def _ends(lengths) -> list[int]:
@@ -201,6 +207,48 @@ def without_return_lse(attention):
     return lambda *a, return_lse=False, **o: attention(*a, **o)
 
 
+def summed_magnitudes(q, k, v, dout, truth: Results, only_cancelled=False, **options) -> Results:
+    """What the results would be if every product counted with its magnitude, in float64.
+
+    dS = P (dP - delta) is a difference of two sums. Of a query that sees one key they cancel: the
+    truth is 0, and what is left of float32 sums is rounding of their size, stock's too unless by
+    luck. only_cancelled counts these queries alone.
+    """
+    visible = visible_pairs(q, k, v, **options)
+    if only_cancelled:
+        visible = visible & (visible.sum(-1, keepdim=True) == 1)
+    packed = options.get("cu_seqlens") is not None
+    if packed:
+        q, k, v, dout = (t[None] for t in (q, k, v, dout))
+        truth = Results(truth.out[None], truth.lse[None])
+    group = q.shape[2] // k.shape[2]
+    q, k, v, dout = (t.double().transpose(1, 2) for t in (q, k, v, dout))
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    scale = q.shape[3] ** -0.5 if options.get("scale") is None else options["scale"]
+    scores, softcap = scale * q @ k.mT, options.get("softcap")
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    lse = truth.lse.masked_fill(truth.lse == float("-inf"), 0.0)[..., None]
+    weights = torch.exp(scores.masked_fill(~visible, float("-inf")) - lse)
+    q, k, v, dout = (t.abs() for t in (q, k, v, dout))
+    delta = dout * truth.out.transpose(1, 2).abs()
+    pairs = weights * (dout @ v.mT + delta.sum(-1, keepdim=True))
+
+    def to_keys(t):  # (B, H, Lk, .) summed over the heads that share a key head
+        return t.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+
+    dsinks = None
+    if options.get("sinks") is not None:
+        share = torch.exp(options["sinks"].double()[None, :, None] - lse[..., 0])
+        dsinks = (share * delta.sum(-1)).sum((0, 2))
+    out, dq = ((w @ t).transpose(1, 2) for w, t in ((weights, v), (abs(scale) * pairs, k)))
+    lse = (weights * (abs(scale) * q @ k.mT)).sum(-1)
+    dk, dv = to_keys(abs(scale) * pairs.mT @ q), to_keys(weights.mT @ dout)
+    if packed:
+        out, lse, dq, dk, dv = (t[0] for t in (out, lse, dq, dk, dv))
+    return Results(out, lse, dq, dk, dv, dsinks)
+
+
 @lru_cache(maxsize=24)
 def prepared(case: Case, dtype) -> Prepared:
     q, k, v, dout, options = make_inputs(case, dtype)
@@ -210,16 +258,20 @@ def prepared(case: Case, dtype) -> Prepared:
         lambda *a, **o: tilewright.flash_attention(*a, impl="reference", **o),
         q.double(), k.double(), v.double(), dout.double(), **wide,
     )  # fmt: skip
-    return Prepared(q, k, v, dout, options, stock, truth)
+    terms, cancelled = (
+        summed_magnitudes(q, k, v, dout, truth, only, **options) for only in (False, True)
+    )
+    return Prepared(q, k, v, dout, options, stock, truth, terms, cancelled)
 
 
 def assert_accurate(ours: Results, case: Prepared, names):
     """The error-ratio rule for each of the named results."""
     for name in names:
-        stock, mine = getattr(case.stock, name), getattr(ours, name)
+        stock = getattr(case.stock, name)
         assert_errs_at_most_twice_stock(
-            name, mine, stock.nan_to_num(0.0) if name != "lse" else stock, getattr(case.truth, name)
-        )
+            name, getattr(ours, name), stock.nan_to_num(0.0) if name != "lse" else stock,
+            getattr(case.truth, name), getattr(case.terms, name), getattr(case.cancelled, name),
+        )  # fmt: skip
 
 
 def bitwise(a, b) -> bool:

@@ -27,12 +27,14 @@ GRID = (
 )  # fmt: skip
 TILE_EDGES = (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129)
 HEAD_DIMS = (1, 3, 8, 16, 40, 59, 64, 80, 96, 111, 128, 192, 256)
-UNEQUAL_DIMS = ((1, 2), (192, 128), (64, 128), (40, 59), (8, 256), (256, 8))
+UNEQUAL_DIMS = ((3, 5), (192, 128), (64, 128), (40, 59), (8, 256), (256, 8))
 HEADS = ((1, 1), (6, 6), (6, 2), (6, 1), (7, 1), (8, 1), (9, 3), (14, 2), (56, 8))
 
 CASES = {}
 for n, (lq, lk) in enumerate(GRID):
+    # enough elements that stock torch is not right by luck
     many = {} if lq * lk > 200_000 else {"batch": 2, "heads": 4, "kv_heads": 2}
+    many |= {"batch": 16} if lq * lk < 1000 else {}
     # every shape with one kind of mask, neighbours with different ones
     kind = ("full", "causal", "window")[n % 3] if lq * lk < 1_000_000 else "causal"
     mask = {"full": {}, "causal": {"is_causal": True}, "window": {"window": (lk // 3, lq // 5)}}
@@ -40,9 +42,11 @@ for n, (lq, lk) in enumerate(GRID):
 for n in TILE_EDGES:
     CASES[f"{n}x{n}-causal"] = Case(n, n, is_causal=True, batch=2, head_dim=32)
 for d in HEAD_DIMS:
-    CASES[f"D{d}"] = Case(37, 53, is_causal=True, heads=4, kv_heads=2, head_dim=d)
+    CASES[f"D{d}"] = Case(37, 53, 4, 2, d, is_causal=True, batch=1 if d > 8 else 32)
 for d, dv in UNEQUAL_DIMS:
-    CASES[f"D{d}-Dv{dv}"] = Case(37, 53, is_causal=True, heads=4, head_dim=d, value_dim=dv)
+    CASES[f"D{d}-Dv{dv}"] = Case(
+        37, 53, 4, 2, d, dv, is_causal=True, batch=1 if d + dv > 16 else 32
+    )
 for h, hkv in HEADS:
     CASES[f"H{h}-Hkv{hkv}"] = Case(41, 41, is_causal=True, heads=h, kv_heads=hkv, head_dim=32)
 CASES |= {
@@ -141,7 +145,7 @@ def test_lse_counts_the_visible_keys_of_equal_scores(impl, dtype):
     out, lse = attend(impl, zeros, zeros, v, is_causal=True, return_lse=True)
     counts = torch.arange(1, 71.0).expand(1, 2, 70)
     assert torch.allclose(lse.cpu().exp(), counts, rtol=1e-5)
-    assert torch.equal(out.cpu(), torch.ones_like(out).cpu()), "a mean of ones is one"
+    assert (out.cpu() - 1).abs().max() <= torch.finfo(dtype).eps, "a mean of ones is one"
 
 
 @by_dtype
