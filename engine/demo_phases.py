@@ -266,7 +266,7 @@ def _extend(demo: Demo) -> dict:
     n_steps = int(EXTEND_SHARE * demo.seconds / both_s)
     n_steps = min(max(n_steps, s.least_long_steps), s.most_long_steps)
     trainers = {
-        side: _trainer(models[side], demo, demo.dtype, n_steps, 2e-3)
+        side: _trainer(models[side], demo, demo.dtype, n_steps, 1e-3)
         for side in ("stock", "tilewright")
     }
     order = RowOrder(len(rows), 1, 1, demo.seed)
