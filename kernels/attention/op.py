@@ -7,7 +7,6 @@ opaque call whatever runs in it. Neither triton nor _C is imported before a call
 from __future__ import annotations
 
 import torch
-
 from torch.autograd.function import once_differentiable
 
 from tilewright import choose
@@ -36,6 +35,7 @@ library.define(
 )
 
 N_RULE = 15
+SINK_TERMS = 4096  # below the 32,768 elements from which torch splits a sum among threads
 
 
 def rule(p: Problem, impl: str) -> tuple:
@@ -205,7 +205,11 @@ def sink_gradient(dout, dlse, out, lse, sinks):
     if dlse is not None:
         row = row + dlse
     weight = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
-    return torch.where(lse > float("-inf"), weight * row, 0.0).sum((0, 2)).to(sinks.dtype)
+    terms = torch.where(lse > float("-inf"), weight * row, 0.0).transpose(0, 1).flatten(1)  # (H, .)
+    # torch deals one long sum out by the number of threads: short ones first, in a fixed order
+    n_rest = -terms.shape[1] % SINK_TERMS
+    terms = torch.nn.functional.pad(terms, (0, n_rest)).unflatten(1, (-1, SINK_TERMS))
+    return terms.sum(-1).sum(-1).to(sinks.dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -275,7 +279,8 @@ def call_flash_attention(q, k, v, p: Problem, impl: str):
 
 def call_flash_decode(q, k, v, p: Problem, num_splits: int, impl: str):
     """The registered operator, or in plain eager mode what it would end up calling."""
-    needs_refusal = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    needs_refusal = wants_grad and torch.is_grad_enabled()
     if not needs_refusal and may_go_direct(q, k, v):
         return _run_decode(q, k, v, p, num_splits, impl)
     return torch.ops.tilewright.flash_decode(
