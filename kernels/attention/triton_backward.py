@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tilewright.ops.attention.triton_forward import (
     key_tiles,
+    live_keys,
     masked_tile,
     query_tile,
     visible_in_tile,
@@ -42,7 +43,7 @@ def terms_origin(document, q_origin, IS_PACKED: tl.constexpr):
     """
     origin = 0
     if IS_PACKED:
-        origin = q_origin // 4 * 4 + 4 * document
+        origin = q_origin // 4 * 4 + 4 * (document + 1)
     return origin
 
 
@@ -225,12 +226,15 @@ def attention_dq_kernel(
             v_stride_b, v_stride_h, v_stride_t, v_stride_d,
             BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, check,
         )  # fmt: skip
+        if HAS_KEY_MASK:
+            is_live = live_keys(keys, mask_row_ptr, mask_stride_t, last)
+            k_tile = tl.where(is_live[:, None], k_tile, 0.0)
+            v_tile = tl.where(is_live[:, None], v_tile, 0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        visible = visible_in_tile(
-            keys, low, high, far_low, far_high, is_far, mask_row_ptr, mask_stride_t, last,
-            SEGMENTS, HAS_KEY_MASK,
-        )  # fmt: skip
+        visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
+        if HAS_KEY_MASK:
+            visible = visible & is_live[None, :]
         if HAS_SOFTCAP:
             capped = tanh(s * (scale / softcap))
             s = log2_softcap * capped
@@ -266,7 +270,7 @@ def key_tile(
         document, tile = find_document(slot, cu_k_ptr, n_documents, n_steps, BLOCK_K)
         q_origin, q_length = document_bounds(document, cu_q_ptr, n_documents, n_queries)
         k_origin, k_length = document_bounds(document, cu_k_ptr, n_documents, n_keys)
-        q_length = tl.where(document < n_documents, q_length, 0)
+        q_length = tl.where((document >= 0) & (document < n_documents), q_length, 0)
     else:
         document, tile = batch, slot
         q_origin, q_length = 0, n_queries
@@ -481,10 +485,8 @@ def attention_dkv_kernel(
 
     dk = dk * scale
     if HAS_KEY_MASK:
-        keys = start + tl.arange(0, BLOCK_K)
         mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * mask_stride_b
-        pointers = mask_row_ptr + keys.to(tl.int64) * mask_stride_t
-        is_live = tl.load(pointers, mask=keys < last, other=0) != 0
+        is_live = live_keys(start + tl.arange(0, BLOCK_K), mask_row_ptr, mask_stride_t, last)
         dk = tl.where(is_live[:, None], dk, 0.0)
         dv = tl.where(is_live[:, None], dv, 0.0)
     token = batch.to(tl.int64) * n_keys + k_origin + start

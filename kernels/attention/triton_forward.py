@@ -59,7 +59,7 @@ def query_tile(
         document, tile = find_document(slot, cu_q_ptr, n_documents, n_steps, BLOCK_Q)
         q_origin, q_length = document_bounds(document, cu_q_ptr, n_documents, n_queries)
         k_origin, k_length = document_bounds(document, cu_k_ptr, n_documents, n_keys)
-        k_length = tl.where(document < n_documents, k_length, 0)
+        k_length = tl.where((document >= 0) & (document < n_documents), k_length, 0)
     else:
         document, tile = batch, slot
         q_origin, q_length = 0, n_queries
@@ -131,20 +131,19 @@ def masked_tile(
 
 
 @triton.jit
-def visible_in_tile(
-    keys, low, high, far_low, far_high, is_far, mask_row_ptr, mask_stride_t, last,
-    SEGMENTS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-):  # fmt: skip
-    """Which (query, key) pairs of a masked tile are visible."""
+def live_keys(keys, mask_row_ptr, mask_stride_t, last):
+    """Which keys key_mask shows. The others may hold NaN, which a zero weight lets through."""
+    pointers = mask_row_ptr + keys.to(tl.int64) * mask_stride_t
+    return tl.load(pointers, mask=keys < last, other=0) != 0
+
+
+@triton.jit
+def visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS: tl.constexpr):
+    """Which (query, key) pairs of a masked tile lie in the queries' intervals."""
     if SEGMENTS == WRAPPED:
         low = tl.where(is_far, far_low, low)
         high = tl.where(is_far, far_high, high)
-    visible = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
-    if HAS_KEY_MASK:
-        pointers = mask_row_ptr + keys.to(tl.int64) * mask_stride_t
-        is_live = tl.load(pointers, mask=keys < last, other=0) != 0
-        visible = visible & is_live[None, :]
-    return visible
+    return (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
 
 
 @triton.jit
@@ -249,10 +248,10 @@ def attention_forward_kernel(
             s = log2_softcap * tanh(s * (scale / softcap))
         else:
             s = s * log2_scale
-        visible = visible_in_tile(
-            keys, low, high, far_low, far_high, is_far, mask_row_ptr, mask_stride_t, last,
-            SEGMENTS, HAS_KEY_MASK,
-        )  # fmt: skip
+        visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
+        if HAS_KEY_MASK:
+            is_live = live_keys(keys, mask_row_ptr, mask_stride_t, last)
+            visible = visible & is_live[None, :]
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # a row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN
@@ -269,6 +268,8 @@ def attention_forward_kernel(
             v_stride_b, v_stride_h, v_stride_t, v_stride_d,
             BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, check,
         )  # fmt: skip
+        if HAS_KEY_MASK:
+            v_tile = tl.where(is_live[:, None], v_tile, 0.0)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         m = m_new
 

@@ -141,8 +141,8 @@ def _slots(cu_seqlens: torch.Tensor | None, n_tokens: int, block: int) -> int:
     """How many tiles of `block` tokens the documents need at most, without reading cu_seqlens."""
     if cu_seqlens is None:
         return -(-n_tokens // block)
-    # one more tile a document, and the pseudo-document past the last one (find_document)
-    return n_tokens // block + cu_seqlens.numel() if n_tokens else 0
+    # one more tile a document, and for the tokens before all and past all (find_document)
+    return n_tokens // block + cu_seqlens.numel() + 1 if n_tokens else 0
 
 
 def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
@@ -164,7 +164,7 @@ def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
         "mask_stride_t": 0 if mask is None else mask.stride(1),
         "n_queries": p.n_queries, "n_keys": p.n_keys, "n_heads": p.n_heads,
         "queries_per_kv_head": p.queries_per_kv_head,
-        "n_documents": n_documents, "n_steps": n_documents.bit_length(),
+        "n_documents": n_documents, "n_steps": (n_documents + 1).bit_length(),
         "scale": p.scale, "softcap": p.softcap, "left": left, "right": right,
         "group": group, "group_shift": group // 2, "first_shifted_head": p.first_shifted_head,
         # uniform >= p, in units of 2**-24
@@ -223,7 +223,7 @@ def backward_launches(
     n_rows = p.batch * p.n_heads
     pitch = -(-p.n_queries // 4) * 4  # each document's terms begin on 16 bytes (terms_origin)
     if p.cu_seqlens_q is not None:
-        pitch += 4 * p.cu_seqlens_q.numel()
+        pitch += 4 * (p.cu_seqlens_q.numel() + 1)
     terms = torch.empty(2, n_rows, pitch, dtype=torch.float32, device=q.device)
     rows = 64
     n_slots = _slots(p.cu_seqlens_q, p.n_queries, rows)

@@ -22,24 +22,26 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def find_document(slot, cu_ptr, n_documents, n_steps, BLOCK: tl.constexpr):
     """(document, tile within it) of a tile slot, by bisection.
 
-    Document n owns the slots from cu[n] // BLOCK + n up to the next one's first: at least
+    Document n owns the slots from cu[n] // BLOCK + n + 1 up to the next one's first: at least
     ceil(its length / BLOCK), so the number of slots follows from the token count alone. Slots that
-    a document does not need lie past its end. Document N stands for the tokens past cu[N].
+    a document does not need lie past its end. Documents -1 and N stand for the tokens before cu[0]
+    and past cu[N].
     """
-    low = 0
+    low = -1
     high = n_documents
     for _ in range(n_steps):
         middle = (low + high + 1) // 2
-        owns = tl.load(cu_ptr + middle) // BLOCK + middle <= slot
+        owns = tl.load(cu_ptr + middle) // BLOCK + middle + 1 <= slot
         low = tl.where(owns, middle, low)
         high = tl.where(owns, high, middle - 1)
-    return low, slot - (tl.load(cu_ptr + low) // BLOCK + low)
+    begin = tl.load(cu_ptr + low, mask=low >= 0, other=0)
+    return low, slot - (begin // BLOCK + low + 1)
 
 
 @triton.jit
 def document_bounds(document, cu_ptr, n_documents, n_tokens):
-    """(first token, length); document N holds the tokens that belong to none."""
-    begin = tl.load(cu_ptr + document)
+    """(first token, length); documents -1 and N hold the tokens that belong to none."""
+    begin = tl.load(cu_ptr + document, mask=document >= 0, other=0)
     past = document + 1 > n_documents
     end = tl.load(cu_ptr + document + 1, mask=document < n_documents, other=0)
     return begin, tl.where(past, n_tokens, end) - begin
