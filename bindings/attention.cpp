@@ -1,4 +1,5 @@
-// tensors as (pointer, strides) -> csrc/attention: builds the document table, checks what pointers cannot say.
+// tensors as (pointer, strides) -> csrc/attention: builds the document table, checks what pointers cannot
+// say.
 #include "attention/attention.h"
 
 #include <pybind11/pybind11.h>
@@ -17,9 +18,7 @@ namespace {
 // (data pointer, stride of batch, row, head, lane), strides in elements
 using PyView = std::array<int64_t, 5>;
 
-tw::View view(const PyView& v) {
-  return tw::View{reinterpret_cast<void*>(v[0]), v[1], v[2], v[3], v[4]};
-}
+tw::View view(const PyView& v) { return tw::View{reinterpret_cast<void*>(v[0]), v[1], v[2], v[3], v[4]}; }
 
 tw::View view_of(const py::tuple& t) {
   PyView v;
@@ -59,9 +58,10 @@ tw::Rule rule_of(const py::tuple& t) {
 void check_cu_seqlens(const char* name, const int32_t* cu, int64_t n, int64_t tokens) {
   TW_CHECK(cu[0] >= 0, "flash_attention: ", name, " starts at ", cu[0], ", need at least 0");
   for (int64_t i = 0; i < n; ++i)
-    TW_CHECK(cu[i] <= cu[i + 1], "flash_attention: ", name, "[", i + 1, "] is ", cu[i + 1], ", need at least ",
-             name, "[", i, "] = ", cu[i]);
-  TW_CHECK(cu[n] <= tokens, "flash_attention: ", name, " ends at ", cu[n], ", past the ", tokens, " tokens given");
+    TW_CHECK(cu[i] <= cu[i + 1], "flash_attention: ", name, "[", i + 1, "] is ", cu[i + 1],
+             ", need at least ", name, "[", i, "] = ", cu[i]);
+  TW_CHECK(cu[n] <= tokens, "flash_attention: ", name, " ends at ", cu[n], ", past the ", tokens,
+           " tokens given");
 }
 
 struct Extents {
@@ -77,8 +77,8 @@ Extents extents_of(const py::tuple& t) {
 
 void check_extents(const Extents& e) {
   TW_CHECK(e.batch >= 0 && e.n_q >= 0 && e.n_k >= 0, "attention: negative extent");
-  TW_CHECK(e.n_kv_heads > 0 && e.n_heads % e.n_kv_heads == 0, "attention: ", e.n_heads, " heads, need a multiple of ",
-           e.n_kv_heads);
+  TW_CHECK(e.n_kv_heads > 0 && e.n_heads % e.n_kv_heads == 0, "attention: ", e.n_heads,
+           " heads, need a multiple of ", e.n_kv_heads);
   TW_CHECK(e.head_dim >= 1 && e.head_dim <= 256 && e.value_dim >= 1 && e.value_dim <= 256,
            "attention: head_dim ", e.head_dim, ", value_dim ", e.value_dim, ", need 1 to 256");
 }
@@ -124,9 +124,10 @@ std::vector<tw::Document> documents_of(const Extents& e, const tw::Rule& rule, c
   return documents;
 }
 
-tw::AttentionCall call_of(const std::string& dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
-                          const py::tuple& out, int64_t lse, const Extents& e, const tw::Rule& rule,
-                          const std::vector<tw::Document>& documents, int64_t sinks, int threads) {
+tw::AttentionCall call_of(const std::string& dtype, const py::tuple& q, const py::tuple& k,
+                          const py::tuple& v, const py::tuple& out, int64_t lse, const Extents& e,
+                          const tw::Rule& rule, const std::vector<tw::Document>& documents, int64_t sinks,
+                          int threads) {
   tw::AttentionCall call;
   call.dtype = dtype_of(dtype);
   call.q = view_of(q);
@@ -163,10 +164,10 @@ void forward(const std::string& dtype, const py::tuple& q, const py::tuple& k, c
   expect_memory(tw::attention_forward(call), "flash_attention");
 }
 
-void backward(const std::string& dtype, const py::tuple& dout, int64_t dlse, const py::tuple& q, const py::tuple& k,
-              const py::tuple& v, const py::tuple& out, int64_t lse, const py::tuple& dq, const py::tuple& dk,
-              const py::tuple& dv, const py::tuple& extents, const py::tuple& rule_values, const py::tuple& packed,
-              int64_t key_mask, int threads) {
+void backward(const std::string& dtype, const py::tuple& dout, int64_t dlse, const py::tuple& q,
+              const py::tuple& k, const py::tuple& v, const py::tuple& out, int64_t lse, const py::tuple& dq,
+              const py::tuple& dk, const py::tuple& dv, const py::tuple& extents,
+              const py::tuple& rule_values, const py::tuple& packed, int64_t key_mask, int threads) {
   const Extents e = extents_of(extents);
   check_extents(e);
   const tw::Rule rule = rule_of(rule_values);
@@ -185,8 +186,8 @@ void backward(const std::string& dtype, const py::tuple& dout, int64_t dlse, con
 // (pages_per_row, page_size, n_pages): n_pages bounds the table's entries
 void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
             const py::tuple& out, int64_t lse, const py::tuple& extents, const py::tuple& rule_values,
-            int64_t page_table, const py::tuple& pages, int64_t key_starts, int64_t key_lengths, int64_t key_mask,
-            int64_t sinks, int splits, int threads) {
+            int64_t page_table, const py::tuple& pages, int64_t key_starts, int64_t key_lengths,
+            int64_t key_mask, int64_t sinks, int splits, int threads) {
   const Extents e = extents_of(extents);
   check_extents(e);
   tw::DecodeCall call;
@@ -216,9 +217,10 @@ void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, co
   const int64_t slots = call.pages_per_row * call.page_size;
   for (int64_t b = 0; b < e.batch; ++b) {
     const int64_t length = call.key_lengths[b];
-    TW_CHECK(0 <= length && length <= slots, "flash_decode: key_lengths[", b, "] is ", length, ", need 0 to ", slots,
-             ", the slots of a row");
-    TW_CHECK(call.key_starts[b] >= 0, "flash_decode: key_starts[", b, "] is ", call.key_starts[b], ", need at least 0");
+    TW_CHECK(0 <= length && length <= slots, "flash_decode: key_lengths[", b, "] is ", length, ", need 0 to ",
+             slots, ", the slots of a row");
+    TW_CHECK(call.key_starts[b] >= 0, "flash_decode: key_starts[", b, "] is ", call.key_starts[b],
+             ", need at least 0");
     if (call.page_table)
       for (int64_t p = 0; p * call.page_size < length; ++p) {
         const int32_t page = call.page_table[b * call.pages_per_row + p];

@@ -21,8 +21,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", [] {
     std::vector<std::string> names;
     for (int i = 0; i < tw::kIsaCount; ++i)
-      if (tw::isa_is_built(static_cast<tw::Isa>(i)))
-        names.push_back(tw::isa_name(static_cast<tw::Isa>(i)));
+      if (tw::isa_is_built(static_cast<tw::Isa>(i))) names.push_back(tw::isa_name(static_cast<tw::Isa>(i)));
     return names;
   });
   m.def("set_isa", [](const std::string& name) {

@@ -6,12 +6,16 @@
 namespace tw {
 
 #if defined(TW_BUILT_X86_LEVELS)
-#define TW_AT_LEVEL(function, call)                                  \
-  switch (current_isa()) {                                           \
-    case Isa::avx512_bf16: return avx512_bf16::function(call);       \
-    case Isa::avx512: return avx512::function(call);                 \
-    case Isa::avx2: return avx2::function(call);                     \
-    default: return portable::function(call);                        \
+#define TW_AT_LEVEL(function, call)       \
+  switch (current_isa()) {                \
+    case Isa::avx512_bf16:                \
+      return avx512_bf16::function(call); \
+    case Isa::avx512:                     \
+      return avx512::function(call);      \
+    case Isa::avx2:                       \
+      return avx2::function(call);        \
+    default:                              \
+      return portable::function(call);    \
   }
 #else
 #define TW_AT_LEVEL(function, call) return portable::function(call);

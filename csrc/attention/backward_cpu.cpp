@@ -4,10 +4,10 @@
 //   dP[key][query] = V . dOt          dS = P * (dP - delta),  delta[query] = dO . O - dlse
 //   dV[key][:]    += P  . dO          dK[key][:] += dS . Q          dQt[:][query] += Kt . dS
 //
-// A unit is (document, key/value head). One thread walks a query head alone, key tile by key tile, so every sum
-// has a fixed order and needs no atomics; dK and dV of a unit's query heads are added up in the order of the
-// heads. With fewer units than threads, the threads take the query heads of one unit and the sums are made
-// afterwards, in the same order: the result is bitwise the same either way.
+// A unit is (document, key/value head). One thread walks a query head alone, key tile by key tile, so every
+// sum has a fixed order and needs no atomics; dK and dV of a unit's query heads are added up in the order of
+// the heads. With fewer units than threads, the threads take the query heads of one unit and the sums are
+// made afterwards, in the same order: the result is bitwise the same either way.
 #include "attention/attention.h"
 #include "attention/pack.h"
 #include "attention/scores.h"
@@ -24,10 +24,11 @@ inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 template <class C>
 struct BackwardShape {
   Width<C> qk, v;
-  int64_t key_tiles, query_tiles;  // of the longest document
+  int64_t key_tiles, query_tiles;                                            // of the longest document
   int64_t k_rows, v_rows, kt, q_lanes_t, do_lanes_t, q_lanes, do_lanes, dq;  // elements of a packed tile
 
-  explicit BackwardShape(const AttentionCall& call) : qk(call.head_dim), v(call.value_dim), key_tiles(0), query_tiles(0) {
+  explicit BackwardShape(const AttentionCall& call)
+      : qk(call.head_dim), v(call.value_dim), key_tiles(0), query_tiles(0) {
     for (int64_t i = 0; i < call.n_documents; ++i) {
       key_tiles = most(key_tiles, tiles_of(call.documents[i].n_k));
       query_tiles = most(query_tiles, tiles_of(call.documents[i].n_q));
@@ -95,7 +96,8 @@ void pack_keys(const AttentionCall& call, const BackwardShape<C>& shape, const D
 
 // a[row] . b[row], the same sum for every stride
 template <class T, class C>
-float dot_rows(const View& a, const View& b, int64_t batch, int64_t row, int head, int n, BackwardScratch<C>& s) {
+float dot_rows(const View& a, const View& b, int64_t batch, int64_t row, int head, int n,
+               BackwardScratch<C>& s) {
   const auto contiguous = [&](const View& t, float* scratch) {
     const T* at = row_of<T>(t, batch, row, head);
     if (t.lane == 1) return at;
@@ -188,7 +190,8 @@ void backward_pair(const BackwardCall& call, const BackwardShape<C>& shape, int6
   constexpr int kDepth = kTile / Unit<C>::kDepth;
 
   gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, s.k + key_tile * shape.k_rows, shape.qk.row,
-                       s.q_t + query_tile * shape.q_lanes_t, kTile, s.scores, kTile, nullptr, score_scale(rule));
+                       s.q_t + query_tile * shape.q_lanes_t, kTile, s.scores, kTile, nullptr,
+                       score_scale(rule));
   if (rule.softcap > 0) apply_softcap(s.scores, kTile * kTile, rule.softcap);
   if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
   gemm<C, Start::zero>(kTile, kTile, shape.v.depth, s.v + key_tile * shape.v_rows, shape.v.row,
@@ -206,14 +209,14 @@ void backward_pair(const BackwardCall& call, const BackwardShape<C>& shape, int6
                            shape.qk.lanes, s.dk_tile, shape.qk.lanes);
   }
   if (call.dq.data)
-    gemm<C, Start::add_to>(shape.qk.out_rows, kTile, kDepth, s.kt + key_tile * shape.kt, kTile, s.ds_lanes, kTile,
-                           s.dq + query_tile * shape.dq, kTile);
+    gemm<C, Start::add_to>(shape.qk.out_rows, kTile, kDepth, s.kt + key_tile * shape.kt, kTile, s.ds_lanes,
+                           kTile, s.dq + query_tile * shape.dq, kTile);
 }
 
 // tile[kTile][lanes] * factor -> the first n rows of dk or dv
 template <class T>
-void store_rows(const View& t, int64_t batch, int64_t row, int head, const float* tile, int64_t lanes, int n, int d,
-                float factor) {
+void store_rows(const View& t, int64_t batch, int64_t row, int head, const float* tile, int64_t lanes, int n,
+                int d, float factor) {
   const vf scale = set1(factor);
   for (int i = 0; i < n; ++i) {
     T* to = static_cast<T*>(t.data) + batch * t.batch + (row + i) * t.row + head * t.head;
@@ -239,17 +242,19 @@ inline void add_tile(float* sum, int64_t stride, const float* tile, int lanes, b
 
 template <class T, class C>
 void store_key_tile(const BackwardCall& call, const BackwardShape<C>& shape, const Document& doc, int kv_head,
-                    int64_t key_tile, const float* dk, const float* dv, int64_t dk_stride, int64_t dv_stride) {
+                    int64_t key_tile, const float* dk, const float* dv, int64_t dk_stride,
+                    int64_t dv_stride) {
   const int64_t row = doc.k_begin + key_tile * kTile;
   const int n = static_cast<int>(least(kTile, doc.n_k - key_tile * kTile));
-  store_rows<T>(call.dk, doc.batch, row, kv_head, dk, dk_stride, n, call.forward.head_dim, call.forward.rule.scale);
+  store_rows<T>(call.dk, doc.batch, row, kv_head, dk, dk_stride, n, call.forward.head_dim,
+                call.forward.rule.scale);
   store_rows<T>(call.dv, doc.batch, row, kv_head, dv, dv_stride, n, call.forward.value_dim, 1.0f);
 }
 
 // One query head against the packed keys. dK and dV go to `sums` (set or added to) if there is one, else out.
 template <class T, class C>
-void backward_head(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int head, float* sums,
-                   bool is_first, BackwardScratch<C>& s) {
+void backward_head(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int head,
+                   float* sums, bool is_first, BackwardScratch<C>& s) {
   const AttentionCall& fwd = call.forward;
   const Document& doc = fwd.documents[document];
   pack_queries<T>(call, shape, doc, head, s);
@@ -288,7 +293,8 @@ bool backward(const BackwardCall& call) {
              static_cast<double>(fwd.documents[i].n_k);
   const int threads = flops < kSerialFlops ? 1 : fwd.threads;
 
-  const bool drops = fwd.rule.dropout_p > 0, sums_heads = group > 1, shares_units = sums_heads && n_units < threads;
+  const bool drops = fwd.rule.dropout_p > 0, sums_heads = group > 1,
+             shares_units = sums_heads && n_units < threads;
   BackwardScratch<C> measure;
   const int64_t scratch_bytes = measure.lay_out(nullptr, shape, drops, sums_heads);
   const int64_t tile_floats = kTile * shape.grad_row();
@@ -299,8 +305,9 @@ bool backward(const BackwardCall& call) {
 
   const auto store_sums = [&](int64_t unit, int64_t kt, const float* sums) {
     const float* dk = sums + kt * tile_floats;
-    store_key_tile<T>(call, shape, fwd.documents[unit / fwd.n_kv_heads], static_cast<int>(unit % fwd.n_kv_heads), kt,
-                      dk, dk + shape.qk.lanes, shape.grad_row(), shape.grad_row());
+    store_key_tile<T>(call, shape, fwd.documents[unit / fwd.n_kv_heads],
+                      static_cast<int>(unit % fwd.n_kv_heads), kt, dk, dk + shape.qk.lanes, shape.grad_row(),
+                      shape.grad_row());
   };
   // one thread, all query heads of the unit
   const auto walk_unit = [&](int64_t unit, BackwardScratch<C>& s) {
@@ -331,7 +338,8 @@ bool backward(const BackwardCall& call) {
         }
       team.barrier();
     }
-    for (int64_t kt = team.id; kt < n_tiles && call.dv.data; kt += team.size) store_sums(unit, kt, shared_sums);
+    for (int64_t kt = team.id; kt < n_tiles && call.dv.data; kt += team.size)
+      store_sums(unit, kt, shared_sums);
     team.barrier();
   };
 
@@ -354,9 +362,12 @@ namespace TW_ISA {
 
 bool attention_backward(const BackwardCall& call) {
   switch (call.forward.dtype) {
-    case DType::f32: return backward<float>(call);
-    case DType::bf16: return backward<bf16>(call);
-    default: return backward<f16>(call);
+    case DType::f32:
+      return backward<float>(call);
+    case DType::bf16:
+      return backward<bf16>(call);
+    default:
+      return backward<f16>(call);
   }
 }
 

@@ -1,11 +1,11 @@
 // Decode: a few queries against a long cache, bound by the time to read it once.
 //
 // The keys of a batch row are cut into chunks of kChunk positions. A chunk gives, for each of the rows (query
-// heads x queries) that share its key/value head, a maximum, a sum and an output; the chunks of a row are then
-// merged in order. Chunks do not depend on the number of splits or threads, so neither does the result.
+// heads x queries) that share its key/value head, a maximum, a sum and an output; the chunks of a row are
+// then merged in order. Chunks do not depend on the number of splits or threads, so neither does the result.
 //
-// Cache rows are read where they lie (a page table only changes their addresses): scores by dot products along
-// the row, the output by scaled additions of rows.
+// Cache rows are read where they lie (a page table only changes their addresses): scores by dot products
+// along the row, the output by scaled additions of rows.
 #include "attention/attention.h"
 #include "attention/pack.h"
 #include "attention/scores.h"
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kChunk = 256;
 constexpr int kAhead = 16;     // rows of the cache that are asked for in advance
-constexpr int kRowBlock = 32;   // rows after which the output moves on to the next head
-constexpr int kMaxHeads = 8;    // key/value heads that one thread walks through together
+constexpr int kRowBlock = 32;  // rows after which the output moves on to the next head
+constexpr int kMaxHeads = 8;   // key/value heads that one thread walks through together
 constexpr double kSerialBytes = 1e6;
 
 struct Partial {  // of one row over one chunk; `out` is the unnormalised sum
@@ -48,9 +48,9 @@ inline void prefetch_row(const void* row, int bytes) {
 // Scratch of one thread, for `heads` key/value heads of `n_rows` rows each.
 template <class T>
 struct DecodeScratch {
-  T *q, *rows;           // queries [heads][n][padded]; cache rows [heads][kChunk][padded], staged where needed
-  T* zeros;              // a row of zeros in place of a dead position
-  const T** address;     // [heads][kAddresses]
+  T *q, *rows;        // queries [heads][n][padded]; cache rows [heads][kChunk][padded], staged where needed
+  T* zeros;           // a row of zeros in place of a dead position
+  const T** address;  // [heads][kAddresses]
   float *scores, *merged;
   static constexpr int kAddresses = kChunk + W + kAhead;  // past the end: the last row again
 
@@ -71,8 +71,8 @@ inline bool in_place(const View& cache, int width, int step) { return cache.lane
 
 // Addresses of cache positions [begin, begin + n) of one head; staged, zero padded, if not read in place.
 template <class T>
-void find_rows(const DecodeCall& call, const View& cache, int64_t b, int kv_head, int slot_of_head, int64_t begin,
-               int n, int width, int step, DecodeScratch<T>& s) {
+void find_rows(const DecodeCall& call, const View& cache, int64_t b, int kv_head, int slot_of_head,
+               int64_t begin, int n, int width, int step, DecodeScratch<T>& s) {
   const int padded = static_cast<int>(round_up(width, step));
   const bool stays = in_place(cache, width, step);
   const T** address = s.address + int64_t{slot_of_head} * s.kAddresses;
@@ -101,10 +101,11 @@ void find_rows(const DecodeCall& call, const View& cache, int64_t b, int kv_head
   for (int i = n; i < s.kAddresses; ++i) address[i] = address[n - 1];
 }
 
-// scores[r][i] = scale q[r] . row[i] for cache rows [i0, i0 + W): W sums side by side, whose lanes are added at
-// once. STEPS is the width in dot steps, or 0 for any.
+// scores[r][i] = scale q[r] . row[i] for cache rows [i0, i0 + W): W sums side by side, whose lanes are added
+// at once. STEPS is the width in dot steps, or 0 for any.
 template <class T, int STEPS>
-inline void score_rows(const T* const* address, const T* q, float* scores, int n_rows, int padded, float scale) {
+inline void score_rows(const T* const* address, const T* q, float* scores, int n_rows, int padded,
+                       float scale) {
   constexpr int kStep = dot_step<T>();
   const int steps = STEPS ? STEPS : padded / kStep;
   for (int r = 0; r < n_rows; ++r) {
@@ -131,13 +132,13 @@ void score_chunk(const DecodeScratch<T>& s, int heads, int n_rows, int n, int pa
     for (int h = 0; h < heads; ++h) {
       const T* const* address = s.address + int64_t{h} * s.kAddresses + i0;
       for (int i = 0; i < W; ++i) prefetch_row(address[i + kAhead], bytes);
-      score(address, s.q + int64_t{h} * n_rows * padded, s.scores + int64_t{h} * n_rows * kChunk + i0, n_rows, padded,
-            scale);
+      score(address, s.q + int64_t{h} * n_rows * padded, s.scores + int64_t{h} * n_rows * kChunk + i0, n_rows,
+            padded, scale);
     }
 }
 
-// out[r][c] (+)= sum_i weights[r][i] row[i][c] for ROWS rows r and 2 PAIRS W columns from c on; columns stay in
-// the order of load_wide
+// out[r][c] (+)= sum_i weights[r][i] row[i][c] for ROWS rows r and 2 PAIRS W columns from c on; columns stay
+// in the order of load_wide
 template <class T, int ROWS, int PAIRS>
 inline void add_rows(const T* const* address, const float* weights, int n, int c, float* out, int64_t stride,
                      bool is_first) {
@@ -169,7 +170,8 @@ inline void add_rows(const T* const* address, const float* weights, int n, int c
 
 // As many columns at once as the registers hold beside ROWS.
 template <class T, int ROWS>
-inline void add_row_block(const T* const* address, const float* weights, int n, int padded, float* out, bool is_first) {
+inline void add_row_block(const T* const* address, const float* weights, int n, int padded, float* out,
+                          bool is_first) {
   constexpr int kPairs = (ROWS == 4 ? 1 : 2) * kMicroVectors / 2;
   int c = 0;
   for (; c + 2 * kPairs * W <= padded; c += 2 * kPairs * W)
@@ -249,12 +251,13 @@ bool decode(const DecodeCall& call) {
   double bytes = 0;
   for (int64_t b = 0; b < call.batch; ++b) {
     chunks = most(chunks, (call.key_lengths[b] + kChunk - 1) / kChunk);
-    bytes += static_cast<double>(call.key_lengths[b]) * call.n_kv_heads * (call.head_dim + call.value_dim) * sizeof(T);
+    bytes += static_cast<double>(call.key_lengths[b]) * call.n_kv_heads * (call.head_dim + call.value_dim) *
+             sizeof(T);
   }
   const int threads = bytes * n_rows < kSerialBytes ? 1 : call.threads;
 
-  // A share is a run of chunks of one batch row and one or more key/value heads: all of them where their rows lie
-  // side by side in memory, as long as there are shares enough to go round.
+  // A share is a run of chunks of one batch row and one or more key/value heads: all of them where their rows
+  // lie side by side in memory, as long as there are shares enough to go round.
   const int64_t splits = call.splits > 0 ? least(call.splits, chunks) : chunks;
   const int64_t per_share = (chunks + splits - 1) / splits;
   const bool stages = !in_place(call.k, call.head_dim, kStep) || !in_place(call.v, call.value_dim, 2 * W);
@@ -271,7 +274,8 @@ bool decode(const DecodeCall& call) {
   const int64_t scratch_bytes = measure.lay_out(nullptr, heads, n_rows, widest, stages);
   const int64_t n_partials = call.batch * call.n_kv_heads * chunks;
   const int64_t partial_bytes = round_up(n_partials * n_rows * int64_t{sizeof(Partial)}, 64);
-  char* workspace = take_workspace(threads * scratch_bytes + partial_bytes + n_partials * out_floats * int64_t{sizeof(float)});
+  char* workspace = take_workspace(threads * scratch_bytes + partial_bytes +
+                                   n_partials * out_floats * int64_t{sizeof(float)});
   if (!workspace) return false;
   Partial* partials = reinterpret_cast<Partial*>(workspace + threads * scratch_bytes);
   float* outs = reinterpret_cast<float*>(workspace + threads * scratch_bytes + partial_bytes);
@@ -288,7 +292,8 @@ bool decode(const DecodeCall& call) {
       for (int h = 0; h < heads; ++h)
         for (int r = 0; r < n_rows; ++r)
           copy_row(s.q + (int64_t{h} * n_rows + r) * qk_padded,
-                   row_of<T>(call.q, b, r % call.n_rows, (first_head + h) * group + r / static_cast<int>(call.n_rows)),
+                   row_of<T>(call.q, b, r % call.n_rows,
+                             (first_head + h) * group + r / static_cast<int>(call.n_rows)),
                    call.q.lane, call.head_dim, qk_padded);
       for (int64_t chunk = split * per_share; chunk < least((split + 1) * per_share, chunks); ++chunk) {
         const int64_t begin = chunk * kChunk;
@@ -305,7 +310,8 @@ bool decode(const DecodeCall& call) {
         }
         for (int h = 0; h < heads; ++h) {
           const int64_t at = (b * call.n_kv_heads + first_head + h) * chunks + chunk;
-          weigh_chunk(call, b, begin, n, n_rows, s.scores + int64_t{h} * n_rows * kChunk, partials + at * n_rows);
+          weigh_chunk(call, b, begin, n, n_rows, s.scores + int64_t{h} * n_rows * kChunk,
+                      partials + at * n_rows);
           out_of[h] = outs + at * out_floats;
         }
         output_chunk(s, heads, n_rows, n, v_padded, out_of);
@@ -335,7 +341,8 @@ bool decode(const DecodeCall& call) {
           store(s.merged + d, fma(set1(weight), load(out + d), load(s.merged + d)));
       }
       const vf inverse = set1(sees_nothing ? 0.0f : 1.0f / total);
-      T* to = static_cast<T*>(call.out.data) + b * call.out.batch + query * call.out.row + head * call.out.head;
+      T* to =
+          static_cast<T*>(call.out.data) + b * call.out.batch + query * call.out.row + head * call.out.head;
       for (int d = 0; d < v_padded; d += W) store(s.merged + d, mul(load(s.merged + d), inverse));
       for (int d = 0; d < call.value_dim; ++d) to[d] = from_float<T>(s.merged[wide_place<T>(d)]);
       call.lse[(b * call.n_heads + head) * call.n_rows + query] =
@@ -352,9 +359,12 @@ namespace TW_ISA {
 
 bool attention_decode(const DecodeCall& call) {
   switch (call.dtype) {
-    case DType::f32: return decode<float>(call);
-    case DType::bf16: return decode<bf16>(call);
-    default: return decode<f16>(call);
+    case DType::f32:
+      return decode<float>(call);
+    case DType::bf16:
+      return decode<bf16>(call);
+    default:
+      return decode<f16>(call);
   }
 }
 

@@ -7,8 +7,8 @@
 //   O[d][query]    += Vt[d][key]  . P[key][query]      V transposed once a key/value head
 //
 // Work is cut into units (document, key/value head). A wave packs K and V of several units, as many as fit in
-// kWaveBytes, then deals out their (head, query tile) items, longest first. Every item writes its own rows, so
-// the result does not depend on who computes it.
+// kWaveBytes, then deals out their (head, query tile) items, longest first. Every item writes its own rows,
+// so the result does not depend on who computes it.
 #include "attention/attention.h"
 #include "attention/pack.h"
 #include "attention/scores.h"
@@ -27,7 +27,10 @@ struct ForwardShape {
   int64_t k_tile, v_tile;  // elements of a packed tile
 
   explicit ForwardShape(const AttentionCall& call)
-      : qk(call.head_dim), v(call.value_dim), k_tile(int64_t{kTile} * qk.row), v_tile(int64_t{kTile} * v.lanes) {}
+      : qk(call.head_dim),
+        v(call.value_dim),
+        k_tile(int64_t{kTile} * qk.row),
+        v_tile(int64_t{kTile} * v.lanes) {}
   int64_t unit_bytes(const Document& doc) const {
     const int64_t tiles = (doc.n_k + kTile - 1) / kTile;
     return round_up(tiles * (k_tile + v_tile) * static_cast<int64_t>(sizeof(C)), 64);
@@ -55,7 +58,8 @@ struct ForwardScratch {  // of one thread
   static int64_t bytes(const ForwardShape<C>& shape) {
     const int64_t widest = most(shape.qk.row, shape.v.lanes) * kTile;
     return (3 * widest + kTile * kTile) * static_cast<int64_t>(sizeof(C)) +
-           (2 * kTile * kTile + int64_t{shape.v.lanes} * kTile + 3 * kTile) * static_cast<int64_t>(sizeof(float)) +
+           (2 * kTile * kTile + int64_t{shape.v.lanes} * kTile + 3 * kTile) *
+               static_cast<int64_t>(sizeof(float)) +
            16 * 64;
   }
 };
@@ -76,8 +80,8 @@ void pack_key_tile(const AttentionCall& call, const ForwardShape<C>& shape, cons
   transpose_tile(unit.vt + tile * shape.v_tile, scratch.stage, scratch.pairs, shape.v.lanes);
 }
 
-// One step of the online softmax over a tile of masked scores: new running maximum and sum, the factor by which
-// the accumulated output shrinks, and P. A lane that has seen no key yet keeps maximum -inf and sum 0.
+// One step of the online softmax over a tile of masked scores: new running maximum and sum, the factor by
+// which the accumulated output shrinks, and P. A lane that has seen no key yet keeps maximum -inf and sum 0.
 template <class C, bool DROPS>
 void softmax_step(ForwardScratch<C>& s) {
   constexpr int kTerms = Unit<C>::kExpTerms;
@@ -137,7 +141,8 @@ void forward_tile(const AttentionCall& call, const ForwardShape<C>& shape, int64
                   int64_t first, const PackedUnit<C>& unit, ForwardScratch<C>& s) {
   const Document& doc = call.documents[document];
   const int n = static_cast<int>(least(kTile, doc.n_q - first));
-  stage_rows<C, T>(s.stage, shape.qk.row, call.q, doc.batch, doc.q_begin, first, doc.n_q, head, call.head_dim);
+  stage_rows<C, T>(s.stage, shape.qk.row, call.q, doc.batch, doc.q_begin, first, doc.n_q, head,
+                   call.head_dim);
   pack_lanes_transposed(s.q, s.stage, shape.qk.words, kTile, shape.qk.words);
   for (int i = 0; i < kTile; ++i) {
     s.max[i] = -__builtin_inff();
@@ -202,8 +207,8 @@ bool forward(const AttentionCall& call) {
   const int64_t n_units = call.n_documents * call.n_kv_heads;
   double flops = 0;
   for (int64_t i = 0; i < call.n_documents; ++i)
-    flops += 2.0 * (call.head_dim + call.value_dim) * call.n_heads * static_cast<double>(call.documents[i].n_q) *
-             static_cast<double>(call.documents[i].n_k);
+    flops += 2.0 * (call.head_dim + call.value_dim) * call.n_heads *
+             static_cast<double>(call.documents[i].n_q) * static_cast<double>(call.documents[i].n_k);
   const int threads = flops < kSerialFlops ? 1 : call.threads;
 
   const auto unit_bytes = [&](const Document& doc) { return shape.unit_bytes(doc); };
@@ -248,8 +253,8 @@ bool forward(const AttentionCall& call) {
       for (int64_t item; (item = take_next(&packs_taken)) < n_packs;) {
         pack_at.advance_to(item, unit_bytes);
         const Document& doc = call.documents[pack_at.unit / call.n_kv_heads];
-        pack_key_tile<T>(call, shape, doc, static_cast<int>(pack_at.unit % call.n_kv_heads), item - pack_at.begin,
-                         packed(pack_at.bytes, doc), scratch);
+        pack_key_tile<T>(call, shape, doc, static_cast<int>(pack_at.unit % call.n_kv_heads),
+                         item - pack_at.begin, packed(pack_at.bytes, doc), scratch);
       }
       team.barrier();
       if (team.id == 0) packs_taken = 0;
@@ -259,7 +264,8 @@ bool forward(const AttentionCall& call) {
         const int64_t document = at.unit / call.n_kv_heads;
         const Document& doc = call.documents[document];
         const int64_t within = item - at.begin;
-        const int head = static_cast<int>(at.unit % call.n_kv_heads) * group + static_cast<int>(within % group);
+        const int head =
+            static_cast<int>(at.unit % call.n_kv_heads) * group + static_cast<int>(within % group);
         const int64_t tile = tiles_of(doc.n_q) - 1 - within / group;  // the last tiles see the most keys
         forward_tile<T>(call, shape, document, head, tile * kTile, packed(at.bytes, doc), scratch);
       }
@@ -279,9 +285,12 @@ namespace TW_ISA {
 
 bool attention_forward(const AttentionCall& call) {
   switch (call.dtype) {
-    case DType::f32: return forward<float>(call);
-    case DType::bf16: return forward<bf16>(call);
-    default: return forward<f16>(call);
+    case DType::f32:
+      return forward<float>(call);
+    case DType::bf16:
+      return forward<bf16>(call);
+    default:
+      return forward<f16>(call);
   }
 }
 

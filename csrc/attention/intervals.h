@@ -97,9 +97,7 @@ inline bool tile_is_live(const Document& doc, int64_t j0) {
 inline void mask_tile(float* scores, const TileIntervals& see, const Document& doc, int64_t j0) {
   // keys relative to the tile: small whole numbers, exact in float, so one compare serves every level
   float lo[kTile], hi[kTile], lo2[kTile], hi2[kTile];
-  const auto relative = [j0](int64_t j) {
-    return static_cast<float>(least(most(j - j0, -1), kTile + 1));
-  };
+  const auto relative = [j0](int64_t j) { return static_cast<float>(least(most(j - j0, -1), kTile + 1)); };
   const bool has_second = see.lo2_min < see.hi2_max;
   for (int i = 0; i < kTile; ++i) {
     lo[i] = relative(see.lane[i].lo);

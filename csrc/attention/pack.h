@@ -7,27 +7,15 @@
 namespace tw {
 namespace {
 
-// bf16 input is multiplied as bf16 where the processor can, everything else as float.
-template <class T>
-struct ComputeType {
-  using type = float;
-};
-#if defined(TW_ISA_avx512_bf16)
-template <>
-struct ComputeType<bf16> {
-  using type = bf16;
-};
-#endif
-
 // Extents of packed data for one width D of a tensor's last axis, in compute type C.
 template <class C>
 struct Width {
-  int d;           // as in the tensor
-  int depth;       // units of a product over d
-  int words;       // 32-bit words of a staged row, a multiple of W
-  int row;         // elements of a staged row: words * units
-  int out_rows;    // d as rows of a product: a multiple of kMicroRows
-  int lanes;       // d as lanes of a product: a multiple of W
+  int d;         // as in the tensor
+  int depth;     // units of a product over d
+  int words;     // 32-bit words of a staged row, a multiple of W
+  int row;       // elements of a staged row: words * units
+  int out_rows;  // d as rows of a product: a multiple of kMicroRows
+  int lanes;     // d as lanes of a product: a multiple of W
 
   explicit Width(int width)
       : d(width),
@@ -58,11 +46,13 @@ inline void stage_rows(C* to, int width, const View& t, int64_t batch, int64_t b
 
 // The same for keys or values: dead keys become zeros, so that nothing in them can reach a result (0 * NaN).
 template <class C, class T>
-inline void stage_key_rows(C* to, int width, const View& t, const Document& doc, int64_t first, int head, int d) {
+inline void stage_key_rows(C* to, int width, const View& t, const Document& doc, int64_t first, int head,
+                           int d) {
   stage_rows<C, T>(to, width, t, doc.batch, doc.k_begin, first, doc.n_k, head, d);
   if (doc.live_begin <= first && first + kTile <= doc.live_end && !doc.live) return;
   for (int i = 0; i < kTile; ++i)
-    if (!key_is_live(doc, first + i)) memset(to + int64_t{i} * width, 0, sizeof(C) * static_cast<size_t>(width));
+    if (!key_is_live(doc, first + i))
+      memset(to + int64_t{i} * width, 0, sizeof(C) * static_cast<size_t>(width));
 }
 
 // Row-major tile rows[kTile][lanes] -> its transpose at[lanes][kTile], row-major. `pairs` is scratch of the
@@ -87,7 +77,8 @@ inline void store_transposed(const View& t, int64_t batch, int64_t row, int head
     const int rows = n - lane < W ? n - lane : W;
     for (int c = 0; c < d; c += W) {
       vf block[W];
-      for (int i = 0; i < W; ++i) block[i] = mul(load(tile + static_cast<int64_t>(c + i) * kTile + lane), scale);
+      for (int i = 0; i < W; ++i)
+        block[i] = mul(load(tile + static_cast<int64_t>(c + i) * kTile + lane), scale);
       transpose(block);
       for (int i = 0; i < rows; ++i) {
         T* to = base + (lane + i) * t.row + c;

@@ -106,7 +106,8 @@ inline void copy_row(C* to, const T* from, int64_t stride, int n, int padded) {
 }
 
 // 32-bit transpose: to[c][r] = from[r][c]; rows and cols are multiples of W.
-inline void transpose_words(float* to, int64_t ld_to, const float* from, int64_t ld_from, int rows, int cols) {
+inline void transpose_words(float* to, int64_t ld_to, const float* from, int64_t ld_from, int rows,
+                            int cols) {
   for (int r = 0; r < rows; r += W)
     for (int c = 0; c < cols; c += W) {
       vf block[W];
@@ -120,14 +121,15 @@ inline void transpose_words(float* to, int64_t ld_to, const float* from, int64_t
 // n_rows and k_words are multiples of W, where k_words counts 32-bit words of a row.
 template <class C>
 inline void pack_lanes_transposed(C* b, const C* rows, int64_t row_words, int n_rows, int k_words) {
-  transpose_words(reinterpret_cast<float*>(b), n_rows, reinterpret_cast<const float*>(rows), row_words, n_rows,
-                  k_words);
+  transpose_words(reinterpret_cast<float*>(b), n_rows, reinterpret_cast<const float*>(rows), row_words,
+                  n_rows, k_words);
 }
 
 // Lane packing as it stands: rows[k][n] -> B[k / depth][n][depth]; n_rows even, n_cols a multiple of W.
 inline void pack_lanes(float* b, const float* rows, int64_t row_stride, int n_rows, int n_cols) {
   for (int k = 0; k < n_rows; ++k)
-    for (int n = 0; n < n_cols; n += W) store(b + static_cast<int64_t>(k) * n_cols + n, load(rows + k * row_stride + n));
+    for (int n = 0; n < n_cols; n += W)
+      store(b + static_cast<int64_t>(k) * n_cols + n, load(rows + k * row_stride + n));
 }
 inline void pack_lanes(bf16* b, const bf16* rows, int64_t row_stride, int n_rows, int n_cols) {
   for (int k = 0; k < n_rows; k += 2)

@@ -95,8 +95,8 @@ inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }  // b where either is 
 inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline vf sign_of(vf magnitude, vf sign) {
   const vi bit = _mm512_set1_epi32(INT32_MIN);
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign),
-                                                       _mm512_castps_si512(magnitude), 0xca));
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xca));
 }
 inline vm lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline vm le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
@@ -121,9 +121,7 @@ inline vf load_n(const bf16* p, int n) {
 inline vf load(const f16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline vf load_n(const f16* p, int n) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
-}
+inline vf load_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 inline __m256i narrow_bf16(vf x) {
 #if defined(TW_ISA_avx512_bf16)
   return bits_as<__m256i>(_mm512_cvtneps_pbh(x));
@@ -162,8 +160,8 @@ inline void transpose(vf (&r)[16]) {
   }
   // r[4 g + c] now holds, in its 128-bit lane l, column 4 l + c of rows 4 g .. 4 g + 3
   for (int c = 0; c < 4; ++c) {
-    const vf ab_low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);    // lanes 0, 2 of both
-    const vf ab_high = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);   // lanes 1, 3
+    const vf ab_low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);   // lanes 0, 2 of both
+    const vf ab_high = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);  // lanes 1, 3
     const vf cd_low = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
     const vf cd_high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
     t[c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0x88);
@@ -180,9 +178,11 @@ inline vf sum_each(const vf (&r)[16]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // rows 4 i .. 4 i + 3, in every 128-bit lane
     const vf ab = add(_mm512_unpacklo_ps(r[4 * i], r[4 * i + 1]), _mm512_unpackhi_ps(r[4 * i], r[4 * i + 1]));
-    const vf cd = add(_mm512_unpacklo_ps(r[4 * i + 2], r[4 * i + 3]), _mm512_unpackhi_ps(r[4 * i + 2], r[4 * i + 3]));
+    const vf cd =
+        add(_mm512_unpacklo_ps(r[4 * i + 2], r[4 * i + 3]), _mm512_unpackhi_ps(r[4 * i + 2], r[4 * i + 3]));
     const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
-    x[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+    x[i] =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
   }
   const vf p = add(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
   const vf q = add(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
@@ -295,7 +295,8 @@ inline vf sum_each(const vf (&r)[8]) {
   vf x[2];
   for (int i = 0; i < 2; ++i) {
     const vf ab = add(_mm256_unpacklo_ps(r[4 * i], r[4 * i + 1]), _mm256_unpackhi_ps(r[4 * i], r[4 * i + 1]));
-    const vf cd = add(_mm256_unpacklo_ps(r[4 * i + 2], r[4 * i + 3]), _mm256_unpackhi_ps(r[4 * i + 2], r[4 * i + 3]));
+    const vf cd =
+        add(_mm256_unpacklo_ps(r[4 * i + 2], r[4 * i + 3]), _mm256_unpackhi_ps(r[4 * i + 2], r[4 * i + 3]));
     x[i] = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
   }
   return add(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
@@ -354,9 +355,7 @@ inline vf round_nearest(vf a) {  // |a| < 2^22; adding 1.5 * 2^23 leaves no bits
   const vf magic = set1(12582912.0f);
   return (a + magic) - magic;
 }
-inline vf scale_by_power(vf x, vf n) {
-  return x * bits_as<vf>((__builtin_convertvector(n, vi) + 127) << 23);
-}
+inline vf scale_by_power(vf x, vf n) { return x * bits_as<vf>((__builtin_convertvector(n, vi) + 127) << 23); }
 constexpr float kLeastExponent = -127.0f;
 inline void transpose(vf (&r)[4]) {
   const vf a = r[0], b = r[1], c = r[2], d = r[3];
@@ -381,8 +380,18 @@ struct Unit<float> {
   static inline vf mac(vf acc, vf a, vf b) { return fma(a, b, acc); }
 };
 
+// What an input type is multiplied as: bf16 as bf16 where the processor can, everything else as float.
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+
 #if defined(TW_ISA_avx512_bf16)
 constexpr bool kHasBf16Dot = true;
+template <>
+struct ComputeType<bf16> {
+  using type = bf16;
+};
 template <>
 struct Unit<bf16> {
   static constexpr int kDepth = 2;
@@ -403,9 +412,8 @@ constexpr bool kHasBf16Dot = false;
 inline void store_pairs(bf16* p, vf even, vf odd) {
 #if defined(TW_ISA_avx512_bf16)
   const __m512i both_rows = bits_as<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-      23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both_rows));
 #else
   bf16 a[W], b[W];
@@ -455,7 +463,7 @@ inline vf exp2_of(vf x) {
   x = max(set1(kLeastExponent), x);
   const vf n = round_nearest(x);
   const vf f = sub(x, n);  // [-0.5, 0.5]
-  vf p;  // minimax fit of 2^f with constant term 1
+  vf p;                    // minimax fit of 2^f with constant term 1
   if constexpr (TERMS == 6) {
     p = fma(set1(1.535336159e-4f), f, set1(1.339887452e-3f));
     p = fma(p, f, set1(9.618437360e-3f));
