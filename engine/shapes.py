@@ -16,7 +16,8 @@ def expect_shapes(op: str, **arguments: tuple[torch.Tensor, str | Sequence[str]]
     for name, (tensor, axes) in arguments.items():
         shape = tensor.shape
         if len(shape) != len(axes):
-            raise ValueError(f"{op}: {name} has shape {tuple(shape)}, need axes ({', '.join(axes)})")
+            axes = ", ".join(axes)
+            raise ValueError(f"{op}: {name} has shape {tuple(shape)}, need axes ({axes})")
         for axis, n in zip(axes, shape):  # noqa: B905  lengths were just compared; called often
             if axis not in size:
                 size[axis] = n

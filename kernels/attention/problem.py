@@ -34,7 +34,8 @@ class ShiftedSegments:
     first_shifted_head: int | None = None
 
 
-@dataclass(slots=True, eq=False)  # not frozen: its constructor would take 5 microseconds of each call
+# not frozen: its constructor would take 5 microseconds of each call
+@dataclass(slots=True, eq=False)
 class Problem:
     """All of one call but q, k and v themselves. Unlimited and absent are -1, 0 and None.
 
