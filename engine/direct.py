@@ -9,7 +9,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def may_go_direct(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing stands between this call and its kernel: no tracing, mode, transform or
-    tensor subclass, all of which have to see the registered operator.
+    tensor subclass or meta tensor, all of which have to see the registered operator.
 
     The dispatcher and torch.library cost about 10 microseconds a call, 20 with a gradient. The
     three stack lookups are private to torch; where a version lacks one, the answer is no.
@@ -17,7 +17,7 @@ def may_go_direct(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN:
+        if t is not None and (type(t) not in _PLAIN or t.is_meta):
             return False
     try:
         return not (
