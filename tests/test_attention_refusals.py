@@ -121,11 +121,28 @@ def test_flash_attention(tensors, options, message):
     assert str(refusal.value).startswith("flash_attention: ")
 
 
+@pytest.mark.parametrize("impl", ["cpp_cpu", "reference"])
 @pytest.mark.parametrize("options, message, with_batch", PACKED.values(), ids=PACKED)
-def test_packed_flash_attention(options, message, with_batch):
+def test_packed_flash_attention(options, message, with_batch, impl):
     tensors = [t[None] for t in packed] if with_batch else packed
     with pytest.raises(ValueError, match=re.escape(message)):
-        tilewright.flash_attention(*tensors, **options)
+        tilewright.flash_attention(*tensors, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", ["cpp_cpu", "reference"])
+@pytest.mark.parametrize("form", ["packed", "padded"])
+def test_wraparound_that_a_true_length_forbids(form, impl):
+    """The whole length is a multiple of the group size; one document's, or one row's, is not."""
+    n = torch.zeros(1, 16, 2, 8)
+    options = {"segments": ShiftedSegments(8, wraparound=True), "impl": impl}
+    if form == "packed":
+        n, options["cu_seqlens"] = n[0], int32([0, 5, 16])
+        message = "got 5 queries and 5 live keys"
+    else:
+        options["key_mask"] = torch.arange(16)[None] < 12
+        message = "got 16 queries and 12 live keys"
+    with pytest.raises(ValueError, match="needs group_size 8 to divide every length.*" + message):
+        tilewright.flash_attention(n, n, n, **options)
 
 
 DECODE = {

@@ -6,6 +6,8 @@ opaque call whatever runs in it. Neither triton nor _C is imported before a call
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -79,21 +81,48 @@ def _implementation(name: str):
     return _ReferenceImplementation
 
 
+def _check_lengths(p: Problem) -> None:
+    """Refuse cu_seqlens that name no documents, and lengths that wraparound cannot cut."""
+    for argument, cu, n_tokens in (
+        ("cu_seqlens", p.cu_seqlens_q, p.n_queries),
+        ("cu_seqlens_k", p.cu_seqlens_k, p.n_keys),
+    ):
+        ends = [0] if cu is None else cu.tolist()
+        if ends[0] < 0:
+            raise ValueError(f"flash_attention: {argument} starts at {ends[0]}, need at least 0")
+        for i, (begin, end) in enumerate(pairwise(ends)):
+            if end < begin:
+                raise ValueError(
+                    f"flash_attention: {argument}[{i + 1}] is {end}, need at least "
+                    f"{argument}[{i}] = {begin}"
+                )
+        if ends[-1] > n_tokens:
+            raise ValueError(
+                f"flash_attention: {argument} ends at {ends[-1]}, past the {n_tokens} tokens given"
+            )
+    if not p.wraparound:
+        return
+    documents = [(p.n_queries, p.n_keys, p.n_keys)]  # queries, keys, keys from first to last live
+    if p.cu_seqlens_q is not None:
+        lengths = zip(p.cu_seqlens_q.diff().tolist(), p.cu_seqlens_k.diff().tolist(), strict=True)
+        documents = [(n_q, n_k, n_k) for n_q, n_k in lengths]
+    elif p.key_mask is not None:
+        places = [row.nonzero().flatten().tolist() or [0, -1] for row in p.key_mask]
+        documents = [(p.n_queries, p.n_keys, at[-1] - at[0] + 1) for at in places]
+    for n_q, n_k, live in documents:
+        if n_q != n_k or live % p.group_size:
+            raise ValueError(
+                f"flash_attention: wraparound needs group_size {p.group_size} to divide every "
+                f"length, and as many queries as keys; got {n_q} queries and {live} live keys"
+            )
+
+
 class _ReferenceImplementation:
     """The reference in the operators' dtypes, with the value checks that kernels make too."""
 
     @staticmethod
     def forward(q, k, v, p):
-        for argument, cu, n_tokens in (
-            ("cu_seqlens", p.cu_seqlens_q, p.n_queries),
-            ("cu_seqlens_k", p.cu_seqlens_k, p.n_keys),
-        ):
-            values = [0] if cu is None else cu.tolist()
-            if values[0] < 0 or values[-1] > n_tokens or values != sorted(values):
-                raise ValueError(
-                    f"flash_attention: {argument} is {values}, need values from 0 to {n_tokens} "
-                    "that never fall"
-                )
+        _check_lengths(p)
         out, lse = reference.flash_attention(q, k, v, p)
         return out.to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype))
 
