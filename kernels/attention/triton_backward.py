@@ -19,10 +19,10 @@ from tilewright.ops.attention.triton_forward import (
     visible_in_tile,
 )
 from tilewright.ops.attention.triton_tiles import (
-    LOG2_E,
     WRAPPED,
     cut_tiles,
     document_bounds,
+    exp_of_unit,
     find_document,
     is_kept,
     is_kept_by_key,
@@ -31,6 +31,7 @@ from tilewright.ops.attention.triton_tiles import (
     rolled_interval,
     store_rows,
     tanh,
+    to_unit,
     union,
 )
 
@@ -56,7 +57,7 @@ def attention_row_terms_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, IS_PACKED: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """terms[0] = log2(e) lse, or +inf where it is -inf, so that P is 0; terms[1] = dO . O - dlse
+    """terms[0] = lse in the unit of scores, +inf for -inf, so that P is 0; terms[1] = dO . O - dlse
 
     out (B, Lq, H, Dv) contiguous   dout, dlse any strides   terms (2, B H, pitch) float32
     """
@@ -85,12 +86,13 @@ def attention_row_terms_kernel(
     dout = tl.load(dout_ptr + dout_offsets, mask=whole, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + row * n_queries + tokens, mask=inside, other=0.0)
 
+    wide: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     delta = tl.sum(out * dout, 1)
     if HAS_DLSE:
         dlse_base = batch.to(tl.int64) * dlse_stride_b + head.to(tl.int64) * dlse_stride_h
         dlse = tl.load(dlse_ptr + dlse_base + tokens * dlse_stride_t, mask=inside, other=0.0)
         delta -= dlse.to(tl.float32)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    lse = tl.where(lse == float("-inf"), float("inf"), to_unit(lse, wide))
 
     terms = terms_ptr + row * terms_pitch + terms_origin(document, q_origin, IS_PACKED) + queries
     tl.store(terms, lse, mask=inside)
@@ -158,8 +160,9 @@ def attention_dq_kernel(
         BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL, 4 if HAS_DROPOUT else 1,
     )  # fmt: skip
     check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
-    log2_scale = scale * LOG2_E
-    log2_softcap = softcap * LOG2_E
+    wide: tl.constexpr = dq_ptr.dtype.element_ty == tl.float32
+    unit_scale = to_unit(scale, wide)
+    unit_softcap = to_unit(softcap, wide)
     queries = start + tl.arange(0, BLOCK_Q)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     head_row = document * n_heads + head
@@ -199,9 +202,9 @@ def attention_dq_kernel(
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         if HAS_SOFTCAP:
             capped = tanh(s * (scale / softcap))
-            p = tl.exp2(log2_softcap * capped - lse[:, None])
+            p = exp_of_unit(unit_softcap * capped - lse[:, None], wide)
         else:
-            p = tl.exp2(s * log2_scale - lse[:, None])
+            p = exp_of_unit(s * unit_scale - lse[:, None], wide)
         if HAS_DROPOUT:
             kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
             dp = tl.where(kept, dp * keep_scale, 0.0)
@@ -237,10 +240,10 @@ def attention_dq_kernel(
             visible = visible & is_live[None, :]
         if HAS_SOFTCAP:
             capped = tanh(s * (scale / softcap))
-            s = log2_softcap * capped
+            s = unit_softcap * capped
         else:
-            s = s * log2_scale
-        p = tl.exp2(tl.where(visible, s - lse[:, None], float("-inf")))
+            s = s * unit_scale
+        p = exp_of_unit(tl.where(visible, s - lse[:, None], float("-inf")), wide)
         if HAS_DROPOUT:
             kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
             dp = tl.where(kept, dp * keep_scale, 0.0)
@@ -365,8 +368,9 @@ def attention_dkv_kernel(
     if start >= k_length:
         return
     check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
-    log2_scale = scale * LOG2_E
-    log2_softcap = softcap * LOG2_E
+    wide: tl.constexpr = dk_ptr.dtype.element_ty == tl.float32
+    unit_scale = to_unit(scale, wide)
+    unit_softcap = to_unit(softcap, wide)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
 
     k_tile = load_rows(
@@ -415,9 +419,9 @@ def attention_dkv_kernel(
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if HAS_SOFTCAP:
                 capped = tanh(s * (scale / softcap))
-                p = tl.exp2(log2_softcap * capped - lse[None, :])
+                p = exp_of_unit(unit_softcap * capped - lse[None, :], wide)
             else:
-                p = tl.exp2(s * log2_scale - lse[None, :])
+                p = exp_of_unit(s * unit_scale - lse[None, :], wide)
             if HAS_DROPOUT:
                 kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
             if WANTS_DV:
@@ -455,9 +459,9 @@ def attention_dkv_kernel(
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if HAS_SOFTCAP:
                 capped = tanh(s * (scale / softcap))
-                s = log2_softcap * capped
+                s = unit_softcap * capped
             else:
-                s = s * log2_scale
+                s = s * unit_scale
             if SEGMENTS == WRAPPED:
                 low_here = tl.where(is_far, far_low, low)
                 high_here = tl.where(is_far, far_high, high)
@@ -466,7 +470,7 @@ def attention_dkv_kernel(
             visible = (queries[None, :] >= low_here[:, None]) & (
                 queries[None, :] < high_here[:, None]
             )
-            p = tl.exp2(tl.where(visible, s - lse[None, :], float("-inf")))
+            p = exp_of_unit(tl.where(visible, s - lse[None, :], float("-inf")), wide)
             if HAS_DROPOUT:
                 kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
             if WANTS_DV:

@@ -8,7 +8,13 @@ a row changes nothing, not even the last bit.
 import triton
 import triton.language as tl
 
-from tilewright.ops.attention.triton_tiles import LN_2, LOG2_E, tanh
+from tilewright.ops.attention.triton_tiles import (
+    exp_of_unit,
+    from_unit,
+    log_in_unit,
+    tanh,
+    to_unit,
+)
 
 
 @triton.jit
@@ -39,7 +45,7 @@ def attention_decode_kernel(
     """Partial softmax of every CHUNK cache positions: programs (split, pack of rows, kv head, b).
 
     q (B, Lq, H, D)   k, v (B, slots, Hkv, .) or with PAGE > 0 pages (N, PAGE, Hkv, .)
-    partial (B, H, Lq, n_chunks, Dv) float32, normalised   partial_lse (B, H, Lq, n_chunks), base 2
+    partial (B, H, Lq, n_chunks, Dv) float32, normalised   partial_lse (B, H, Lq, n_chunks)
 
     The query heads of one kv head share its keys: row r of a pack is query r // (H / Hkv) of head
     r % (H / Hkv). Split s takes the chunks s, s + n_splits, ... of the row's own.
@@ -73,8 +79,9 @@ def attention_decode_kernel(
         + columns.to(tl.int64)[None, :] * q_stride_d
     )
     q_tile = tl.load(q + q_offsets, mask=is_row[:, None] & (columns < D)[None, :], other=0.0)
-    log2_scale = scale * LOG2_E
-    log2_softcap = softcap * LOG2_E
+    wide: tl.constexpr = q.dtype.element_ty == tl.float32
+    unit_scale = to_unit(scale, wide)
+    unit_softcap = to_unit(softcap, wide)
     k_base = k + kv_head.to(tl.int64) * k_stride_h
     v_base = v + kv_head.to(tl.int64) * v_stride_h
     if PAGE == 0:
@@ -114,9 +121,9 @@ def attention_decode_kernel(
 
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             if HAS_SOFTCAP:
-                s = log2_softcap * tanh(s * (scale / softcap))
+                s = unit_softcap * tanh(s * (scale / softcap))
             else:
-                s = s * log2_scale
+                s = s * unit_scale
             visible = (
                 inside[None, :] & (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
             )
@@ -124,8 +131,8 @@ def attention_decode_kernel(
             m_new = tl.maximum(m, tl.max(s, 1))
             # a row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN
             pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - pivot[:, None])
-            alpha = tl.exp2(m - pivot)
+            p = exp_of_unit(s - pivot[:, None], wide)
+            alpha = exp_of_unit(m - pivot, wide)
             l = l * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
@@ -133,7 +140,7 @@ def attention_decode_kernel(
 
         is_empty = l == 0.0
         l = tl.where(is_empty, 1.0, l)
-        lse = tl.where(is_empty, float("-inf"), m + tl.log2(l))
+        lse = tl.where(is_empty, float("-inf"), m + log_in_unit(l, wide))
         place = out_row * n_chunks + chunk
         tl.store(partial_lse_ptr + place, lse, mask=is_row)
         tl.store(
@@ -150,7 +157,7 @@ def attention_combine_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_c 2**(lse_c - lse) partial_c over a row's chunks in order: one program a row.
+    """out = sum_c exp(lse_c - lse) partial_c over a row's chunks in order: one program a row.
 
     partial (B, H, Lq, n_chunks, Dv)   out (B, Lq, H, Dv)   lse (B, H, Lq), natural logarithm
     """
@@ -168,9 +175,10 @@ def attention_combine_kernel(
     end = (length + CHUNK - 1) // CHUNK
     columns = tl.arange(0, BLOCK_DV)
 
+    wide: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     m = float("-inf")
     if HAS_SINKS:
-        m = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        m = to_unit(tl.load(sinks_ptr + head).to(tl.float32), wide)
     sink = m
     for start in range(begin, end, CHUNKS):
         chunks = start + tl.arange(0, CHUNKS)
@@ -181,7 +189,7 @@ def attention_combine_kernel(
     pivot = tl.where(m == float("-inf"), 0.0, m)
     l = 0.0
     if HAS_SINKS:
-        l = tl.exp2(sink - pivot)
+        l = exp_of_unit(sink - pivot, wide)
     acc = tl.zeros((BLOCK_DV,), dtype=tl.float32)
     for start in range(begin, end, CHUNKS):
         chunks = start + tl.arange(0, CHUNKS)
@@ -192,7 +200,7 @@ def attention_combine_kernel(
             partial_ptr + place[:, None] * DV + columns[None, :],
             mask=inside[:, None] & (columns < DV)[None, :], other=0.0,
         )  # fmt: skip
-        weight = tl.exp2(lse - pivot)
+        weight = exp_of_unit(lse - pivot, wide)
         l += tl.sum(weight, 0)
         acc += tl.sum(partial * weight[:, None], 0)
 
@@ -201,4 +209,7 @@ def attention_combine_kernel(
     out = acc / l
     target = out_ptr + ((batch * n_queries + query) * n_heads + head) * DV + columns
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=columns < DV)
-    tl.store(lse_ptr + row, tl.where(is_empty, float("-inf"), (pivot + tl.log2(l)) * LN_2))
+    tl.store(
+        lse_ptr + row,
+        tl.where(is_empty, float("-inf"), from_unit(pivot + log_in_unit(l, wide), wide)),
+    )

@@ -4,18 +4,20 @@ import triton
 import triton.language as tl
 
 from tilewright.ops.attention.triton_tiles import (
-    LN_2,
-    LOG2_E,
     WRAPPED,
     cut_tiles,
     document_bounds,
+    exp_of_unit,
     find_document,
+    from_unit,
     is_kept,
     keys_of_query,
     load_rows,
+    log_in_unit,
     rolled_interval,
     store_rows,
     tanh,
+    to_unit,
     union,
 )
 
@@ -166,8 +168,8 @@ def attention_forward_kernel(
     q (B, Lq, H, D)   k (B, Lk, Hkv, D)   v (B, Lk, Hkv, Dv)   any strides
     out (B, Lq, H, Dv) contiguous   lse (B, H, Lq) float32
 
-    Online softmax in base 2: m is the running maximum of the scaled scores times log2(e), l the sum
-    of 2**(score - m), acc the same sum over v.
+    Online softmax: m is the running maximum of the scaled scores, l the sum of exp(score - m), acc
+    the same sum over v. The unit of scores and of m is that of `to_unit`.
     """
     (
         batch, head, document, start, q_origin, q_length, k_origin, k_length, first, last, has_holes
@@ -186,8 +188,9 @@ def attention_forward_kernel(
         BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL, 4 if HAS_DROPOUT else 1,
     )  # fmt: skip
     check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
-    log2_scale = scale * LOG2_E
-    log2_softcap = softcap * LOG2_E
+    wide: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    unit_scale = to_unit(scale, wide)
+    unit_softcap = to_unit(softcap, wide)
     queries = start + tl.arange(0, BLOCK_Q)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     head_row = document * n_heads + head
@@ -212,14 +215,14 @@ def attention_forward_kernel(
         )  # fmt: skip
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if HAS_SOFTCAP:
-            s = log2_softcap * tanh(s * (scale / softcap))
+            s = unit_softcap * tanh(s * (scale / softcap))
             m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
+            p = exp_of_unit(s - m_new[:, None], wide)
         else:
-            # one multiply-add per score: log2_scale >= 0, so the maximum commutes with it
-            m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
-            p = tl.exp2(s * log2_scale - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+            # one multiply-add per score: unit_scale >= 0, so the maximum commutes with it
+            m_new = tl.maximum(m, tl.max(s, 1) * unit_scale)
+            p = exp_of_unit(s * unit_scale - m_new[:, None], wide)
+        alpha = exp_of_unit(m - m_new, wide)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if HAS_DROPOUT:
@@ -245,9 +248,9 @@ def attention_forward_kernel(
         )  # fmt: skip
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if HAS_SOFTCAP:
-            s = log2_softcap * tanh(s * (scale / softcap))
+            s = unit_softcap * tanh(s * (scale / softcap))
         else:
-            s = s * log2_scale
+            s = s * unit_scale
         visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
         if HAS_KEY_MASK:
             is_live = live_keys(keys, mask_row_ptr, mask_stride_t, last)
@@ -256,8 +259,8 @@ def attention_forward_kernel(
         m_new = tl.maximum(m, tl.max(s, 1))
         # a row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - pivot[:, None])
-        alpha = tl.exp2(m - pivot)
+        p = exp_of_unit(s - pivot[:, None], wide)
+        alpha = exp_of_unit(m - pivot, wide)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if HAS_DROPOUT:
@@ -274,17 +277,17 @@ def attention_forward_kernel(
         m = m_new
 
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        sink = to_unit(tl.load(sinks_ptr + head).to(tl.float32), wide)
         m_new = tl.maximum(m, sink)
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m - pivot)
-        l = l * alpha + tl.exp2(sink - pivot)
+        alpha = exp_of_unit(m - pivot, wide)
+        l = l * alpha + exp_of_unit(sink - pivot, wide)
         acc = acc * alpha[:, None]
         m = m_new
     is_empty = l == 0.0
     l = tl.where(is_empty, 1.0, l)
     acc = acc * (keep_scale / l)[:, None]
-    lse = tl.where(is_empty, float("-inf"), (m + tl.log2(l)) * LN_2)
+    lse = tl.where(is_empty, float("-inf"), from_unit(m + log_in_unit(l, wide), wide))
     token = batch.to(tl.int64) * n_queries + q_origin + start
     store_rows(out_ptr, acc, head, start, q_length, token, n_heads, BLOCK_Q, DV, BLOCK_DV)
     lse_offset = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin

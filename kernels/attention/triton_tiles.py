@@ -187,6 +187,43 @@ def store_rows(
 
 
 @triton.jit
+def to_unit(x, IS_WIDE: tl.constexpr):
+    """A factor or a logarithm in the unit that scores have in a kernel.
+
+    In units of log 2 a 16-bit kernel spends one multiply-add on a score. IS_WIDE (float32) keeps
+    natural units: a second rounding of every score would be most of the error.
+    """
+    if not IS_WIDE:
+        x = x * LOG2_E
+    return x
+
+
+@triton.jit
+def from_unit(x, IS_WIDE: tl.constexpr):
+    """The inverse of `to_unit`."""
+    if not IS_WIDE:
+        x = x * LN_2
+    return x
+
+
+@triton.jit
+def exp_of_unit(x, IS_WIDE: tl.constexpr):
+    """The exponential of a difference of scores in the kernel's unit."""
+    if IS_WIDE:
+        x = x * LOG2_E
+    return tl.exp2(x)
+
+
+@triton.jit
+def log_in_unit(x, IS_WIDE: tl.constexpr):
+    """The logarithm in the kernel's unit."""
+    y = tl.log2(x)
+    if IS_WIDE:
+        y = y * LN_2
+    return y
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent to about one unit in the last place of float32."""
     square = x * x
