@@ -9,6 +9,7 @@ tiles that cross an end, and none.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_inputs import (
     Case,
     Results,
@@ -43,8 +44,8 @@ def problem_of(q, k, v, extra_kv=None, **options):
     return choose.OPERATORS["flash_attention"].problem(q, k, v, **options)
 
 
-def eager(q, k, v, extra_kv=None, **options):
-    """Stock torch, written out, with dropout and extra keys; the log-sum-exp in float32."""
+def stock(q, k, v, extra_kv=None, **options):
+    """scaled_dot_product_attention where it can, else written out; the log-sum-exp in float32."""
     problem = problem_of(q, k, v, **options)
     visible = reference.visible_pairs(problem)
     packed = options.get("cu_seqlens") is not None
@@ -64,10 +65,18 @@ def eager(q, k, v, extra_kv=None, **options):
         visible = torch.cat([sees.expand(*visible.shape[:2], *sees.shape), visible], 3)
         k, v = (torch.cat(pair, 1) for pair in zip(extra, (k, v), strict=True))
     rest = {n: options.get(n) for n in ("scale", "softcap", "sinks")}
+    _, lse = eager_attention(q.float(), k.float(), v.float(), visible, **rest)
+    if not (problem.dropout_p or rest["softcap"] or rest["sinks"] is not None):
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), visible, scale=rest["scale"],
+            enable_gqa=q.shape[2] != k.shape[2],
+        ).transpose(1, 2)  # fmt: skip
+        # rows that see nothing are 0 by our contract
+        out = torch.where(visible.any(-1).transpose(1, 2)[..., None], out, 0.0)
+        return (out[0], lse[0]) if packed else (out, lse)
     # values that are unit vectors: what comes out is the weights, (B, Lq, H, Lk)
     units = torch.eye(k.shape[1], dtype=q.dtype)[None, :, None].expand(q.shape[0], -1, 1, -1)
     weights, _ = eager_attention(q, k, units.expand(-1, -1, k.shape[2], -1), visible, **rest)
-    _, lse = eager_attention(q.float(), k.float(), v.float(), visible, **rest)
     weights = weights.transpose(1, 2)
     if problem.dropout_p:
         weights = (weights * reference.dropout_factor(problem)).to(q.dtype)
@@ -101,16 +110,14 @@ def by_triton(q, k, v, **options):
     return attend(TRITON, q, k, v, return_lse=True, **options)
 
 
-def magnitudes(truth, tensors, dout, options) -> list[dict]:
-    """What `summed_magnitudes` says of all sums, and of those that truly cancel to 0."""
+def magnitudes(truth, tensors, dout, options) -> dict:
+    """What `summed_magnitudes` says of the sums behind each result, where it knows the call."""
     if "extra_k" in tensors or options.get("dropout_p"):
-        return [{}, {}]
+        return {}
     results = Results(truth["out"].detach(), truth["lse"].detach())
-    options = options | {"sinks": tensors.get("sinks")}
     q, k, v = (tensors[name] for name in "qkv")
-    return [
-        vars(summed_magnitudes(q, k, v, dout, results, only, **options)) for only in (False, True)
-    ]
+    options = options | {"sinks": tensors.get("sinks")}
+    return vars(summed_magnitudes(q, k, v, dout, results, **options))
 
 
 def check(tensors, dout, options, given=None):
@@ -122,17 +129,16 @@ def check(tensors, dout, options, given=None):
     lse_shape = (*dout.shape[:-3], dout.shape[-2], dout.shape[-3])
     dlse = torch.randn(lse_shape, generator=generator)
     ours = both_ways(by_triton, given or tensors, dout, dlse, **options)
-    stock = both_ways(eager, tensors, dout, dlse, **options)
+    theirs = both_ways(stock, tensors, dout, dlse, **options)
     wide = {n: t.double() for n, t in tensors.items()}
     truth = both_ways(by_reference, wide, dout.double(), dlse.double(), **options)
     assert ours["out"].is_contiguous() and ours["lse"].dtype == torch.float32
-    terms, cancelled = magnitudes(truth, tensors, dout, options)
+    terms = magnitudes(truth, tensors, dout, options)
     for name in truth:
-        results = [r[name].detach() for r in (ours, stock, truth)]
-        floors = terms.get(name), cancelled.get(name)
-        assert_errs_at_most_twice_stock(name, *results, *floors)
+        results = [r[name].detach() for r in (ours, theirs, truth)]
+        assert_errs_at_most_twice_stock(name, *results, terms.get(name))
         with pytest.raises(AssertionError):
-            assert_errs_at_most_twice_stock(name, 1.01 * results[0], *results[1:], *floors)
+            assert_errs_at_most_twice_stock(name, 1.01 * results[0], *results[1:], terms.get(name))
     return ours
 
 
@@ -457,12 +463,12 @@ DECODE = {
 def test_decode(shape, options, dtype):
     q, k, v, ragged = ragged_cache(dtype, **shape)
     ours = decode(q, k, v, **ragged, **options)
-    stock = decoded_by_eager(q, k, v, **ragged, **options)
+    theirs = decoded_by_eager(q, k, v, **ragged, **options)
     truth = tilewright.flash_decode(
         q.double(), *(t.double() for t in (k, v)), **ragged, **options, return_lse=True,
         impl="reference",
     )  # fmt: skip
-    for name, *results in zip(("out", "lse"), ours, stock, truth, strict=True):
+    for name, *results in zip(("out", "lse"), ours, theirs, truth, strict=True):
         assert_errs_at_most_twice_stock(name, *results)
         with pytest.raises(AssertionError):
             assert_errs_at_most_twice_stock(name, 1.01 * results[0], *results[1:])
@@ -479,7 +485,7 @@ def test_every_number_of_splits_gives_the_same_bits(dtype):
 
 
 @by_dtype
-@pytest.mark.parametrize("page_size", [1, 7, 16, 48])
+@pytest.mark.parametrize("page_size", [1, 7, 48])
 def test_pages_give_the_same_bits(page_size, dtype):
     """Pages of any size in any order; what stands in unused pages and table entries is not read."""
     q, k, v, ragged = ragged_cache(dtype, queries=2)
@@ -488,13 +494,13 @@ def test_pages_give_the_same_bits(page_size, dtype):
     pages = []
     for t in (k, v):
         room = t.new_full((5 * n_pages + 2, page_size, *t.shape[2:]), float("nan"))
-        padded = torch.nn.functional.pad(t, (0, 0, 0, 0, 0, n_pages * page_size - t.shape[1]))
+        padded = F.pad(t, (0, 0, 0, 0, 0, n_pages * page_size - t.shape[1]))
         room[order.flatten()] = padded.reshape(-1, page_size, *t.shape[2:])
         pages.append(room)
     used = -(-ragged["key_lengths"].long() // page_size)
     table = torch.where(torch.arange(n_pages) < used[:, None], order, -(2**30)).int()
     contiguous = decode(q, k, v, **ragged, num_splits=1)
-    for num_splits in (1, 3, None):
+    for num_splits in (3, None):
         paged = decode(q, *pages, **ragged, page_table=table, num_splits=num_splits)
         assert all(bitwise(a, b) for a, b in zip(contiguous, paged, strict=True)), num_splits
 
