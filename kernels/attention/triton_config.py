@@ -29,8 +29,9 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
-    """width: the larger of the blocks of D and Dv."""
+def forward_tiles(capability, dtype: torch.dtype, width: int, is_crowded: bool = False) -> Tiles:
+    """width: the larger of the blocks of D and Dv. is_crowded: softcap or dropout hold registers
+    beside the scores."""
     if capability is None:
         return _INTERPRETED
     if dtype == torch.float32:
@@ -39,7 +40,7 @@ def forward_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
         if width <= 64:
             return Tiles(128, 128, 8, 3)
         if width <= 128:
-            return Tiles(128, 128, 8, 2)
+            return Tiles(128, 64, 8, 2) if is_crowded else Tiles(128, 128, 8, 2)
         return Tiles(128, 64, 8, 2)
     if width <= 64:
         return Tiles(128, 64, 8, 3)
@@ -66,14 +67,15 @@ def dq_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
     return Tiles(64, 32, 8, 1)
 
 
-def dkv_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
+def dkv_tiles(capability, dtype: torch.dtype, width: int, is_crowded: bool = False) -> Tiles:
+    """is_crowded: documents, softcap or dropout hold registers beside the accumulators."""
     if capability is None:
         return Tiles(queries=16, keys=32, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return Tiles(32, 32, 8, 1) if width <= 128 else Tiles(16, 32, 8, 1)
     if capability >= (9, 0):
         if width <= 128:
-            return Tiles(64, 128, 8, 2)
+            return Tiles(32 if is_crowded and width > 64 else 64, 128, 8, 2)
         return Tiles(32, 64, 8, 2)
     if width <= 64:
         return Tiles(32, 128, 8, 2)
@@ -82,9 +84,12 @@ def dkv_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
     return Tiles(32, 64, 8, 1)
 
 
-def dkv_passes(width: int) -> tuple[tuple[bool, bool], ...]:
-    """(wants dK, wants dV) of each launch: wide rows leave registers for one accumulator only."""
-    return ((True, False), (False, True)) if width > 128 else ((True, True),)
+def dkv_passes(width: int, has_dropout: bool = False) -> tuple[tuple[bool, bool], ...]:
+    """(wants dK, wants dV) of each launch. Wide rows leave registers for one accumulator only, and
+    so does dropout beside rows of 128."""
+    if width > 128 or (has_dropout and width > 64):
+        return ((True, False), (False, True))
+    return ((True, True),)
 
 
 @dataclass(frozen=True)

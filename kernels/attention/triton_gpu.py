@@ -182,7 +182,9 @@ def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
     launches = _live_range(p) if p.key_mask is not None else []
     live = launches[0].arguments["live_ptr"] if launches else None
     rule = _rule(p, q.device, live)
-    tiles = config.forward_tiles(capability, p.dtype, max(rule["BLOCK_D"], rule["BLOCK_DV"]))
+    width = max(rule["BLOCK_D"], rule["BLOCK_DV"])
+    is_crowded = p.softcap > 0 or p.dropout_p > 0
+    tiles = config.forward_tiles(capability, p.dtype, width, is_crowded)
     by_descriptor = _by_descriptor(capability, q, k, v)
     n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
     arguments = {
@@ -225,7 +227,7 @@ def backward_launches(
     if p.cu_seqlens_q is not None:
         pitch += 4 * (p.cu_seqlens_q.numel() + 1)
     terms = torch.empty(2, n_rows, pitch, dtype=torch.float32, device=q.device)
-    rows = 64
+    rows = 64 if p.value_dim <= 128 else 32  # more would not fit into registers
     n_slots = _slots(p.cu_seqlens_q, p.n_queries, rows)
     dlse_b, dlse_h, dlse_t = (0, 0, 0) if dlse is None else dlse.stride()
     arguments = {
@@ -260,8 +262,10 @@ def backward_launches(
         arguments = {**shared(tiles, n_slots), "terms_ptr": terms, "dq_ptr": dq}
         programs = n_slots * p.n_heads * p.batch
         launches.append(_launch(attention_dq_kernel, programs, arguments, tiles, q.device))
-    for wants_dk, wants_dv in config.dkv_passes(width) if dk is not None else ():
-        tiles = config.dkv_tiles(capability, p.dtype, width)
+    passes = config.dkv_passes(width, p.dropout_p > 0) if dk is not None else ()
+    for wants_dk, wants_dv in passes:
+        is_crowded = p.softcap > 0 or p.dropout_p > 0 or p.cu_seqlens_q is not None
+        tiles = config.dkv_tiles(capability, p.dtype, width, is_crowded)
         n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
         arguments = {
             **shared(tiles, n_slots),

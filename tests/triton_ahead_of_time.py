@@ -1,0 +1,108 @@
+"""Compile a Triton launch for a GPU that is not here, and read the machine code.
+
+Triton's wheel brings the assembler and the disassembler, so neither a driver nor a device is
+needed. What the launcher would derive from its arguments (types, divisibility by 16, ones as
+constants) is derived here from the same arguments, on the meta device: other facts give another
+kernel.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+DTYPE_NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+    torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+# how SASS names what we count: local memory (spills), tensor cores, bulk and asynchronous copies
+COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS", "MUFU")
+# bytes of shared memory that one block can be given
+SHARED_BYTES = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
+
+
+def missing_tool() -> str | None:
+    """Why machine code cannot be made or read here, or None."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return None if tool.is_file() else f"triton {triton.__version__} brings no {tool.name}"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What became of a launch. Counts are of instructions in the code, not of those executed."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    warps: int
+    counts: Counter
+    sass: str
+
+    @property
+    def spills(self) -> int:
+        return self.counts["STL"] + self.counts["LDL"]
+
+
+def _specialised(value):
+    """(type, constant, divisible by 16) as Triton's launcher would say of an argument."""
+    if isinstance(value, TensorDescriptor):
+        extents = ",".join(str(n) for n in value.block_shape)
+        return f"tensordesc<{DTYPE_NAMES[value.base.dtype]}[{extents}]>", None, False
+    if isinstance(value, torch.Tensor):
+        return f"*{DTYPE_NAMES[value.dtype]}", None, True
+    if isinstance(value, float):
+        return "fp32", None, False
+    if value is None or value == 1:
+        return "constexpr", value, False
+    return "i32" if -(2**31) <= value < 2**31 else "i64", None, value % 16 == 0
+
+
+def _source(launch) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind, constant, is_divisible = _specialised(value)
+        if parameter.is_constexpr:
+            kind, constant, is_divisible = "constexpr", value, False
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = constant
+        if is_divisible:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compiled(launch, capability: tuple[int, int], folder: Path) -> MachineCode:
+    """The machine code of `launch` for a GPU of this compute capability."""
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    kernel = triton.compile(_source(launch), target=target, options=options)
+    cubin = folder / f"{launch.kernel.__name__}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage, sass = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    words = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\w+)", sass, re.M))
+    return MachineCode(
+        registers=int(registers),
+        stack_bytes=int(stack),
+        shared_bytes=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        counts=Counter({name: words[name] for name in COUNTED}),
+        sass=sass,
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run(
+        [tool, option, cubin], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
