@@ -6,9 +6,9 @@
 #                                        runs the benchmarks in small shapes on the CPU
 #
 # PYTHON (default python3) must have torch 2.11 or newer and triton 3.6 or newer; nothing is
-# downloaded, and that Python's packages are left as they are. DIR receives summary.md, attention.md
-# and .json, tests.xml, and the log of each step. Exits with 1 if a test failed or a result was
-# wrong, with 2 if nothing could be run.
+# downloaded, and that Python's packages are left as they are. DIR receives eight files: summary.md,
+# attention.md and .json, tests.xml, machine.txt, and the logs of build, tests and benchmarks. Exits
+# with 1 if the build or a test failed or a result was wrong, with 2 if nothing could be run.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ] || { [ $# -eq 2 ] && [ "$2" != --dry-run ]; }; then
@@ -23,7 +23,7 @@ summary=$dir/summary.md
 # installed beside the results, and removed in the end: no environment is changed
 site=$dir/site
 # seconds; with what lies between them less than nine minutes together
-build_limit=120 test_limit=280 bench_limit=90
+build_limit=110 test_limit=250 bench_limit=110
 status=0
 
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu_check: no ${PYTHON:-python3}" >&2; exit 2; }
@@ -34,6 +34,15 @@ unset TRITON_INTERPRET
 
 say() { echo "$*" | tee -a "$summary"; }
 
+if ! "$python" -c 'import torch, triton' >"$dir/machine.txt" 2>&1; then
+  echo "gpu_check: $python has no torch or no triton; PYTHON=... names one that has" >&2
+  tail -n 1 "$dir/machine.txt" >&2
+  exit 2
+fi
+if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu_check: torch sees no CUDA device; --dry-run does what can be done without one" >&2
+  exit 2
+fi
 echo "# tilewright on a GPU, $(date -u +%FT%TZ)" >"$summary"
 "$python" - >"$dir/machine.txt" 2>&1 <<'PYTHON' || { cat "$dir/machine.txt" >&2; exit 2; }
 import platform, torch, triton
@@ -45,10 +54,6 @@ if torch.cuda.is_available():
 PYTHON
 say "" && say "$(paste -sd ';' "$dir/machine.txt")" && say ""
 nvidia-smi >>"$dir/machine.txt" 2>&1
-if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu_check: torch sees no CUDA device; --dry-run does what can be done without one" >&2
-  exit 2
-fi
 
 # --- build ---
 rm -rf "$site"
@@ -60,6 +65,7 @@ if [ $? -eq 0 ] && [ -d "$site/tilewright" ]; then
 else
   # the Triton kernels need no compiler: lay the packages out as setup.py maps them
   say "- build: failed after $((SECONDS - begin)) s, see build.log; going on without C++ and CUDA"
+  status=1
   rm -rf "$site" && mkdir -p "$site"
   cp -r "$root/engine" "$site/tilewright" && rm -f "$site"/tilewright/*.so
   cp -r "$root/bench" "$site/tilewright/bench"
@@ -69,12 +75,13 @@ else
 fi
 export PYTHONPATH=$site
 cd "$root" || exit 2
-if ! "$python" -P -c 'import tilewright' >"$dir/import.log" 2>&1; then
-  say "- import: failed, see import.log"
-  cat "$dir/import.log" >&2
-  exit 2
+if ! timeout 60 "$python" -P -m tilewright doctor >>"$dir/machine.txt" 2>&1; then
+  say "- doctor: failed, see machine.txt"
+  if ! timeout 60 "$python" -P -c 'import tilewright' >>"$dir/machine.txt" 2>&1; then
+    tail -n 5 "$dir/machine.txt" >&2
+    exit 2
+  fi
 fi
-"$python" -P -m tilewright doctor >"$dir/doctor.log" 2>&1 || say "- doctor: complains, see doctor.log"
 
 # --- tests ---
 # several processes: most of the time goes into compiling kernels, one for each combination
