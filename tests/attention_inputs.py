@@ -64,8 +64,7 @@ class Results:
 class Prepared:
     """q, k, v, dout and options of a call, with its stock and its true results.
 
-    terms       for each result the sum of the magnitudes of what is summed up in float32
-    cancelled   the same over the queries that see one key alone, whose dq and dk are truly 0
+    terms   for each result the sum of the magnitudes of what is summed up in float32
     """
 
     q: torch.Tensor
@@ -76,7 +75,6 @@ class Prepared:
     stock: Results
     truth: Results
     terms: Results
-    cancelled: Results
 
 
 def _ends(lengths) -> list[int]:
@@ -207,16 +205,14 @@ def without_return_lse(attention):
     return lambda *a, return_lse=False, **o: attention(*a, **o)
 
 
-def summed_magnitudes(q, k, v, dout, truth: Results, only_cancelled=False, **options) -> Results:
+def summed_magnitudes(q, k, v, dout, truth: Results, **options) -> Results:
     """What the results would be if every product counted with its magnitude, in float64.
 
     dS = P (dP - delta) is a difference of two sums. Of a query that sees one key they cancel: the
     truth is 0, and what is left of float32 sums is rounding of their size, stock's too unless by
-    luck. only_cancelled counts these queries alone.
+    luck.
     """
     visible = visible_pairs(q, k, v, **options)
-    if only_cancelled:
-        visible = visible & (visible.sum(-1, keepdim=True) == 1)
     packed = options.get("cu_seqlens") is not None
     if packed:
         q, k, v, dout = (t[None] for t in (q, k, v, dout))
@@ -258,10 +254,8 @@ def prepared(case: Case, dtype) -> Prepared:
         lambda *a, **o: tilewright.flash_attention(*a, impl="reference", **o),
         q.double(), k.double(), v.double(), dout.double(), **wide,
     )  # fmt: skip
-    terms, cancelled = (
-        summed_magnitudes(q, k, v, dout, truth, only, **options) for only in (False, True)
-    )
-    return Prepared(q, k, v, dout, options, stock, truth, terms, cancelled)
+    terms = summed_magnitudes(q, k, v, dout, truth, **options)
+    return Prepared(q, k, v, dout, options, stock, truth, terms)
 
 
 def assert_accurate(ours: Results, case: Prepared, names):
@@ -270,7 +264,7 @@ def assert_accurate(ours: Results, case: Prepared, names):
         stock = getattr(case.stock, name)
         assert_errs_at_most_twice_stock(
             name, getattr(ours, name), stock.nan_to_num(0.0) if name != "lse" else stock,
-            getattr(case.truth, name), getattr(case.terms, name), getattr(case.cancelled, name),
+            getattr(case.truth, name), getattr(case.terms, name),
         )  # fmt: skip
 
 

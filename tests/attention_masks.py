@@ -1,5 +1,7 @@
 """Masks written out pair by pair, apart from the reference's, and a way to read a kernel's own."""
 
+from functools import lru_cache
+
 import torch
 from attention_inputs import attend, int32, move
 
@@ -42,6 +44,12 @@ def pair_mask(
     padding   dead keys before and after the one document of a batch row of n_keys keys; there a
               query's place is counted from the row's end, padding included
     """
+    documents = tuple(map(tuple, documents))
+    return _pair_mask(n_heads, documents, is_causal, window, segments, padding, n_keys).clone()
+
+
+@lru_cache(maxsize=64)
+def _pair_mask(n_heads, documents, is_causal, window, segments, padding, n_keys):
     n_queries = sum(lq for lq, _ in documents)
     mask = torch.zeros(n_heads, n_queries, n_keys or sum(lk for _, lk in documents)).bool()
     start_q, start_k = 0, padding[0]

@@ -34,7 +34,7 @@ CASES = {}
 for n, (lq, lk) in enumerate(GRID):
     # enough elements that stock torch is not right by luck
     many = {} if lq * lk > 200_000 else {"batch": 2, "heads": 4, "kv_heads": 2}
-    many |= {"batch": 16} if lq * lk < 1000 else {}
+    many |= {"batch": 16} if lq * lk < 100 else {}
     # every shape with one kind of mask, neighbours with different ones
     kind = ("full", "causal", "window")[n % 3] if lq * lk < 1_000_000 else "causal"
     mask = {"full": {}, "causal": {"is_causal": True}, "window": {"window": (lk // 3, lq // 5)}}
@@ -70,21 +70,18 @@ by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
-@pytest.mark.parametrize("results", ["forward", "gradients"])
 @by_dtype
 @by_case
-def test_errs_at_most_twice_stock_torch(impl, case, dtype, results):
+def test_errs_at_most_twice_stock_torch(impl, case, dtype):
     inputs = prepared(case, dtype)
-    if results == "gradients":
-        ours = gradients(impl, inputs.q, inputs.k, inputs.v, inputs.dout, **inputs.options)
-        assert ours.dq.dtype == ours.dk.dtype == ours.dv.dtype == dtype
-        assert_accurate(ours, inputs, ("dq", "dk", "dv") + ("dsinks",) * case.sinks)
-        return
+    ours = gradients(impl, inputs.q, inputs.k, inputs.v, inputs.dout, **inputs.options)
+    assert ours.out.dtype == ours.dq.dtype == ours.dk.dtype == ours.dv.dtype == dtype
+    assert ours.out.is_contiguous() and ours.lse.dtype == torch.float32
+    assert_accurate(ours, inputs, ("out", "lse", "dq", "dk", "dv") + ("dsinks",) * case.sinks)
     options = move(inputs.options, impl.device)
     q, k, v = (t.to(impl.device) for t in (inputs.q, inputs.k, inputs.v))
     out, lse = attend(impl, q, k, v, return_lse=True, **options)
-    assert out.dtype == dtype and out.is_contiguous() and lse.dtype == torch.float32
-    assert_accurate(Results(out, lse), inputs, ("out", "lse"))
+    assert bitwise(out, ours.out) and bitwise(lse, ours.lse), "differs without gradients"
 
 
 SPOILT = {
