@@ -46,7 +46,7 @@ def _decode(B, S, H, Hkv, page=0):
 
 # 16k tokens and 2048 columns of q throughout, as published figures have; most telling first
 CASES = {
-    "causal-8k-d128": _dense(2, 8192, 16, 128, True),
+    "causal-8k-d128": {**_dense(2, 8192, 16, 128, True), "flex": True},
     "shifted-8k-g2k-d128": {**_dense(2, 8192, 16, 128, True), "G": 2048},
     "decode-b8-8k-gqa4": _decode(8, 8192, 32, 8),
     "causal-16k-d128": _dense(1, 16384, 16, 128, True),
@@ -144,6 +144,23 @@ def _stock(case: dict, backend: SDPBackend | None) -> Callable:
     return run
 
 
+def _flex(case: dict, device: str) -> Callable:
+    """torch's FlexAttention, compiled, with its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(b, h, i, j):
+        return i >= j
+
+    blocks = create_block_mask(causal, None, None, case["L"], case["L"], device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=blocks).transpose(1, 2)
+
+    return run
+
+
 def _with_backward(run: Callable, inputs: dict) -> Callable:
     leaves = [t.detach().requires_grad_() for t in inputs.values()]
     with torch.no_grad():
@@ -202,6 +219,8 @@ def variants(case: dict, mode: str, inputs: dict, device: str) -> dict[str, Call
     if not case.get("G") and not case.get("page"):
         backends = BACKENDS if device == "cuda" else {"sdpa": None}
         runs |= {f"torch {name}": _stock(case, backend) for name, backend in backends.items()}
+    if case.get("flex") and device == "cuda":  # compiles for many seconds, so not in every case
+        runs["torch flex"] = _flex(case, device)
     if case.get("G"):
         runs[f"{OURS}, dense"] = _ours({**case, "G": 0}, device)
     wrap = _with_backward if mode == "fwd+bwd" else _forward
