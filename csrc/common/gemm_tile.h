@@ -18,6 +18,8 @@ constexpr int kMicroRows = 4;
 enum class Start { zero, add_to, rescale };  // C = AB,  C += AB,  C = C * lane_scale[n] + AB
 
 // ROWS x (VECTORS * W) of C. depth counts units (elements or pairs) of k; ldb counts lanes.
+// AB is summed up from 0 and meets the old C once: on top of a C that already holds a thousand terms, each
+// product would be rounded to C's last place.
 template <class C, int ROWS, int VECTORS, Start START>
 inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c, int64_t ldc,
                        const float* lane_scale, float out_scale) {
@@ -26,12 +28,7 @@ inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t l
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
-      if constexpr (START == Start::zero) acc[r][v] = zero();
-      if constexpr (START == Start::add_to) acc[r][v] = load(c + r * ldc + v * W);
-      if constexpr (START == Start::rescale)
-        acc[r][v] = mul(load(c + r * ldc + v * W), load(lane_scale + v * W));
-    }
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = zero();
   for (int k = 0; k < depth; ++k) {
     decltype(U::lanes(b)) lanes[VECTORS];
 #pragma GCC unroll 8
@@ -48,10 +45,10 @@ inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t l
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
-      if constexpr (START == Start::zero)
-        store(c + r * ldc + v * W, mul(acc[r][v], set1(out_scale)));
-      else
-        store(c + r * ldc + v * W, acc[r][v]);
+      float* at = c + r * ldc + v * W;
+      if constexpr (START == Start::zero) store(at, mul(acc[r][v], set1(out_scale)));
+      if constexpr (START == Start::add_to) store(at, add(load(at), acc[r][v]));
+      if constexpr (START == Start::rescale) store(at, fma(load(at), load(lane_scale + v * W), acc[r][v]));
     }
 }
 
