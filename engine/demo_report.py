@@ -47,6 +47,7 @@ def as_text(report: dict) -> str:
             "logits of the same weights", "", "",
             f"largest gap {train['largest_logit_gap']:.2g} of {train['largest_logit']:.3g}",
         ),
+        _error("gradient of the first batch, error", phases["measure"]["gradient_error"]),
         ("greedy tokens that agree", "", "", f"{made['equal_tokens']} of {made['tokens']}"),
         ("", "", "", ""),
         *(
@@ -77,6 +78,10 @@ def _memory(name: str, stock: int | None, ours: int | None) -> tuple[str, ...]:
     return (
         name, f"{stock / MIB:.0f}", f"{ours / MIB:.0f}", _ratio(stock / ours, "less", "more"),
     )  # fmt: skip
+
+
+def _error(name: str, error: dict[str, float]) -> tuple[str, ...]:
+    return name, f"{error['stock']:.2e}", f"{error['tilewright']:.2e}", "of its norm, in float64"
 
 
 def _speed(name: str, tokens_per_s: dict[str, float]) -> tuple[str, ...]:

@@ -64,6 +64,8 @@ def test_both_sides_saw_the_same_and_agree(report):
     # float32 rounding only; bfloat16 products round at 2**-8
     tolerance = 1e-4 if train["dtype"] == "float32" else 2e-2
     assert max(gaps) < tolerance
+    error = report["phases"]["measure"]["gradient_error"]
+    assert 0 < error["tilewright"] < 2 * error["stock"]
     made = report["phases"]["generate"]
     assert made["tokens"] == QUICK.prompts * QUICK.new_tokens
     assert made["equal_tokens"] == made["tokens"]
