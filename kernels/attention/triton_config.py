@@ -59,7 +59,7 @@ def dq_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
             return Tiles(128, 128, 8, 2)
         if width <= 128:
             return Tiles(128, 64, 8, 2)
-        return Tiles(128, 32, 8, 2)
+        return Tiles(64, 32, 8, 2)
     if width <= 64:
         return Tiles(128, 64, 8, 2)
     if width <= 128:
@@ -68,7 +68,7 @@ def dq_tiles(capability, dtype: torch.dtype, width: int) -> Tiles:
 
 
 def dkv_tiles(capability, dtype: torch.dtype, width: int, is_crowded: bool = False) -> Tiles:
-    """is_crowded: documents, softcap or dropout hold registers beside the accumulators."""
+    """is_crowded: documents, segments, softcap or dropout hold registers beside the sums."""
     if capability is None:
         return Tiles(queries=16, keys=32, num_warps=4, num_stages=1)
     if dtype == torch.float32:

@@ -264,7 +264,9 @@ def backward_launches(
         launches.append(_launch(attention_dq_kernel, programs, arguments, tiles, q.device))
     passes = config.dkv_passes(width, p.dropout_p > 0) if dk is not None else ()
     for wants_dk, wants_dv in passes:
-        is_crowded = p.softcap > 0 or p.dropout_p > 0 or p.cu_seqlens_q is not None
+        is_crowded = (
+            p.softcap > 0 or p.dropout_p > 0 or p.cu_seqlens_q is not None or p.group_size > 0
+        )
         tiles = config.dkv_tiles(capability, p.dtype, width, is_crowded)
         n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
         arguments = {
