@@ -261,7 +261,8 @@ def _peak_growth_bytes(call) -> int:
 @pytest.mark.parametrize("segments", [None, ShiftedSegments(256)], ids=["dense", "shifted"])
 def test_scratch_packs_as_many_heads_as_threads(kernel_once, threads, segments, dtype):
     """The C++ kernels' own memory, which torch does not see: no L x L, and K and V packed in the
-    compute dtype (float32 for float16) for one key/value head a thread, not for all of them."""
+    compute dtype (float32 for float16) for one key/value head a thread, not for all of them; with
+    segments only the keys of a stretch of queries, in waves of 8 MiB whatever the length."""
     if kernel_once.device != "cpu":
         pytest.skip("measured by the allocator in the test above")
     threads(2)
@@ -277,7 +278,8 @@ def test_scratch_packs_as_many_heads_as_threads(kernel_once, threads, segments, 
     packed_size = 2 if stays_bf16 else 4
     packed = 2 * 2 * n_keys * 64 * packed_size  # K and V, two threads
     scratch = growth - results
-    assert scratch < 1.25 * packed, f"{scratch / 2**20:.1f} MiB, need {packed / 2**20:.1f} MiB"
+    most = 12 * 2**20 if segments else 1.25 * packed  # a wave, and the threads' own tiles
+    assert scratch < most, f"{scratch / 2**20:.1f} MiB, need {most / 2**20:.1f} MiB"
 
 
 def test_nothing_is_kept_for_the_backward_but_the_inputs_and_the_results(kernel_once):

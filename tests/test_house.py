@@ -18,7 +18,7 @@ from tilewright import settings
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py"))
 OPERATOR_ROOMS = [room for room in ROOMS if room != "common"]
-IGNORED = [*(ROOT / ".gitignore").read_text().split(), ".git/"]
+IGNORED = [*(ROOT / ".gitignore").read_text().split(), ".git/", ".git"]  # a file in a worktree
 
 
 def ignored(path: Path) -> bool:

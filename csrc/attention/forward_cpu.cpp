@@ -6,9 +6,10 @@
 //   S[key][query]   = K[key][:]   . Q[:][query]        K rows as they are, Q packed once a tile
 //   O[d][query]    += Vt[d][key]  . P[key][query]      V transposed once a key/value head
 //
-// Work is cut into units (document, key/value head). A wave packs K and V of several units, as many as fit in
-// kWaveBytes, then deals out their (head, query tile) items, longest first. Every item writes its own rows,
-// so the result does not depend on who computes it.
+// Work is cut into units (document, key/value head, stretch of queries). A stretch is the whole document
+// unless segments or a window bound what a query sees: then a unit packs only the keys that its queries can
+// see. A wave packs K and V of several units, as many as fit in kWaveBytes, then deals out their (head, query
+// tile) items, longest first. Every item writes its own rows: who computes it does not show in the result.
 #include "attention/attention.h"
 #include "attention/pack.h"
 #include "attention/scores.h"
@@ -19,7 +20,8 @@ namespace tw {
 namespace {
 
 constexpr int64_t kWaveBytes = int64_t{8} << 20;
-constexpr double kSerialFlops = 1e6;  // about 20 microseconds of one core
+constexpr int64_t kLeastStretch = 16;  // query tiles: shorter ones would pack shared keys too often
+constexpr double kSerialFlops = 1e6;   // about 20 microseconds of one core
 
 template <class C>
 struct ForwardShape {
@@ -31,9 +33,8 @@ struct ForwardShape {
         v(call.value_dim),
         k_tile(int64_t{kTile} * qk.row),
         v_tile(int64_t{kTile} * v.lanes) {}
-  int64_t unit_bytes(const Document& doc) const {
-    const int64_t tiles = (doc.n_k + kTile - 1) / kTile;
-    return round_up(tiles * (k_tile + v_tile) * static_cast<int64_t>(sizeof(C)), 64);
+  int64_t packed_bytes(int64_t key_tiles) const {
+    return round_up(key_tiles * (k_tile + v_tile) * static_cast<int64_t>(sizeof(C)), 64);
   }
 };
 
@@ -64,20 +65,103 @@ struct ForwardScratch {  // of one thread
   }
 };
 
-// Packed keys and values of one unit: tile t of K is rows [kTile][qk.row], tile t of Vt is [v.lanes][kTile].
+inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+
+// Query tiles of a stretch: about as many as the keys that one query sees.
+inline int64_t stretch_tiles(const Rule& rule) {
+  int64_t span = INT64_MAX;
+  if (rule.group_size > 0 && !rule.wraparound) span = rule.group_size;
+  if (rule.window_left >= 0 && (rule.is_causal || rule.window_right >= 0))
+    span = least(span, rule.window_left + 1 + (rule.window_right > 0 ? rule.window_right : 0));
+  return span == INT64_MAX ? span : most(kLeastStretch, span / kTile);
+}
+
+// The queries of one unit, and the keys that any of its heads sees from them; all in tiles.
+struct Stretch {
+  int64_t document;
+  int kv_head;
+  int64_t first_query, n_queries;
+  int64_t first_key, n_keys;
+};
+
+// A walk over the units, in order: documents, their key/value heads, the stretches of each.
+class Units {
+ public:
+  explicit Units(const AttentionCall& call) : call_(&call), stretch_(stretch_tiles(call.rule)) {
+    skip_empty();
+  }
+
+  bool at_end() const { return document_ == call_->n_documents; }
+  void next() {
+    const Document& doc = call_->documents[document_];
+    if (stretch_ >= tiles_of(doc.n_q) - first_query_) {
+      first_query_ = 0;
+      ++kv_head_;
+    } else {
+      first_query_ += stretch_;
+    }
+    if (kv_head_ == call_->n_kv_heads) {
+      kv_head_ = 0;
+      ++document_;
+      skip_empty();
+    }
+  }
+  Stretch here() const {
+    const Document& doc = call_->documents[document_];
+    Stretch unit{document_, kv_head_, first_query_, least(stretch_, tiles_of(doc.n_q) - first_query_), 0, 0};
+    int64_t begin = 0, end = doc.n_k;
+    if (!call_->rule.wraparound) {  // both ends of the interval that a query sees grow with the query
+      const int group = call_->n_heads / call_->n_kv_heads;
+      const int64_t last = least(doc.n_q, (unit.first_query + unit.n_queries) * kTile) - 1;
+      begin = doc.n_k;
+      end = 0;
+      for (int head = kv_head_ * group; head < (kv_head_ + 1) * group; ++head) {
+        begin = least(begin, visible_keys(doc, call_->rule, head, unit.first_query * kTile).lo);
+        end = most(end, visible_keys(doc, call_->rule, head, last).hi);
+      }
+      end = least(end, doc.n_k);
+    }
+    if (begin >= end) return unit;
+    unit.first_key = begin / kTile;
+    unit.n_keys = tiles_of(end) - unit.first_key;
+    return unit;
+  }
+
+ private:
+  void skip_empty() {
+    while (!at_end() && call_->documents[document_].n_q == 0) ++document_;
+  }
+
+  const AttentionCall* call_;
+  int64_t stretch_, document_ = 0, first_query_ = 0;
+  int kv_head_ = 0;
+};
+
+// Packed keys and values of one unit: tile t of K is rows [kTile][qk.row], tile t of Vt is [v.lanes][kTile],
+// t counted from the document's first key, though only the unit's own tiles are there.
 template <class C>
 struct PackedUnit {
   C* k;
   C* vt;
+  int64_t first_key;
+
+  PackedUnit(char* at, const ForwardShape<C>& shape, const Stretch& unit)
+      : k(reinterpret_cast<C*>(at)), vt(k + unit.n_keys * shape.k_tile), first_key(unit.first_key) {}
+  C* k_tile(const ForwardShape<C>& shape, int64_t tile) const {
+    return k + (tile - first_key) * shape.k_tile;
+  }
+  C* v_tile(const ForwardShape<C>& shape, int64_t tile) const {
+    return vt + (tile - first_key) * shape.v_tile;
+  }
 };
 
 template <class T, class C>
 void pack_key_tile(const AttentionCall& call, const ForwardShape<C>& shape, const Document& doc, int kv_head,
                    int64_t tile, const PackedUnit<C>& unit, ForwardScratch<C>& scratch) {
   const int64_t j0 = tile * kTile;
-  stage_key_rows<C, T>(unit.k + tile * shape.k_tile, shape.qk.row, call.k, doc, j0, kv_head, call.head_dim);
+  stage_key_rows<C, T>(unit.k_tile(shape, tile), shape.qk.row, call.k, doc, j0, kv_head, call.head_dim);
   stage_key_rows<C, T>(scratch.stage, shape.v.lanes, call.v, doc, j0, kv_head, call.value_dim);
-  transpose_tile(unit.vt + tile * shape.v_tile, scratch.stage, scratch.pairs, shape.v.lanes);
+  transpose_tile(unit.v_tile(shape, tile), scratch.stage, scratch.pairs, shape.v.lanes);
 }
 
 // One step of the online softmax over a tile of masked scores: new running maximum and sum, the factor by
@@ -156,7 +240,7 @@ void forward_tile(const AttentionCall& call, const ForwardShape<C>& shape, int64
   for (int64_t j0 = end > 0 ? see.first_tile() : 0; j0 < end; j0 += kTile) {
     if (!see.touches(j0)) continue;
     const int64_t tile = j0 / kTile;
-    gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, unit.k + tile * shape.k_tile, shape.qk.row, s.q, kTile,
+    gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, unit.k_tile(shape, tile), shape.qk.row, s.q, kTile,
                          s.scores, kTile, nullptr, score_scale(call.rule));
     if (call.rule.softcap > 0) apply_softcap(s.scores, kTile * kTile, call.rule.softcap);
     if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
@@ -166,7 +250,7 @@ void forward_tile(const AttentionCall& call, const ForwardShape<C>& shape, int64
     } else {
       softmax_step<C, false>(s);
     }
-    const C* vt = unit.vt + tile * shape.v_tile;
+    const C* vt = unit.v_tile(shape, tile);
     constexpr int kDepth = kTile / Unit<C>::kDepth;
     if (is_first)
       gemm<C, Start::zero>(shape.v.out_rows, kTile, kDepth, vt, kTile, s.p, kTile, s.o, kTile);
@@ -181,54 +265,68 @@ void forward_tile(const AttentionCall& call, const ForwardShape<C>& shape, int64
   store_transposed<T>(call.out, doc.batch, doc.q_begin + first, head, s.o, s.rescale, n, call.value_dim);
 }
 
-// A walk over the units of a wave, in order: which one holds the given item.
-template <class ItemsOf>
-struct Cursor {
-  const AttentionCall& call;
-  ItemsOf items_of;
-  int64_t unit, begin, bytes;  // begin: the first item of `unit`; bytes: where its packed data starts
+// The units of one wave: those from `first` on whose packed data fit in kWaveBytes, at least one for each
+// thread.
+template <class C>
+struct Wave {
+  Units first;
+  int64_t n_units = 0, bytes = 0, n_packs = 0, n_items = 0;
 
-  template <class BytesOf>
-  void advance_to(int64_t item, const BytesOf& bytes_of) {
-    for (int64_t n; item >= begin + (n = items_of(call.documents[unit / call.n_kv_heads])); ++unit) {
-      begin += n;
-      bytes += bytes_of(call.documents[unit / call.n_kv_heads]);
+  Wave(const Units& begin, const ForwardShape<C>& shape, int group, int threads) : first(begin) {
+    for (Units at = begin; !at.at_end(); at.next(), ++n_units) {
+      const Stretch unit = at.here();
+      const int64_t more = shape.packed_bytes(unit.n_keys);
+      if (n_units >= threads && bytes + more > kWaveBytes) break;
+      bytes += more;
+      n_packs += unit.n_keys;
+      n_items += group * unit.n_queries;
     }
+  }
+  Units end() const {
+    Units at = first;
+    for (int64_t i = 0; i < n_units; ++i) at.next();
+    return at;
   }
 };
 
-inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+// Which unit of a wave holds item number so-and-so, for items in ascending order.
+template <class C, class CountOf>
+struct Cursor {
+  const ForwardShape<C>& shape;
+  CountOf count_of;
+  Units at;
+  Stretch unit;
+  int64_t begin = 0, offset = 0;  // the first item of `unit`; where its packed data starts
+
+  Cursor(const Wave<C>& wave, const ForwardShape<C>& s, CountOf count)
+      : shape(s), count_of(count), at(wave.first), unit(at.here()) {}
+  void advance_to(int64_t item) {
+    for (int64_t n; item >= begin + (n = count_of(unit)); unit = at.here()) {
+      begin += n;
+      offset += shape.packed_bytes(unit.n_keys);
+      at.next();
+    }
+  }
+};
 
 template <class T>
 bool forward(const AttentionCall& call) {
   using C = typename ComputeType<T>::type;
   const ForwardShape<C> shape(call);
   const int group = call.n_heads / call.n_kv_heads;
-  const int64_t n_units = call.n_documents * call.n_kv_heads;
   double flops = 0;
   for (int64_t i = 0; i < call.n_documents; ++i)
     flops += 2.0 * (call.head_dim + call.value_dim) * call.n_heads *
              static_cast<double>(call.documents[i].n_q) * static_cast<double>(call.documents[i].n_k);
   const int threads = flops < kSerialFlops ? 1 : call.threads;
 
-  const auto unit_bytes = [&](const Document& doc) { return shape.unit_bytes(doc); };
-  const auto key_tiles = [](const Document& doc) { return tiles_of(doc.n_k); };
-  const auto query_items = [group](const Document& doc) { return group * tiles_of(doc.n_q); };
-  // waves: units [begin, end) whose packed data fit in kWaveBytes, at least one for each thread
-  const auto wave_end = [&](int64_t begin, int64_t* bytes) {
-    int64_t end = begin;
-    *bytes = 0;
-    for (; end < n_units; ++end) {
-      const int64_t next = unit_bytes(call.documents[end / call.n_kv_heads]);
-      if (end - begin >= threads && *bytes + next > kWaveBytes) break;
-      *bytes += next;
-    }
-    return end;
-  };
+  const auto key_tiles = [](const Stretch& unit) { return unit.n_keys; };
+  const auto query_items = [group](const Stretch& unit) { return group * unit.n_queries; };
   int64_t pack_bytes = 0;
-  for (int64_t begin = 0, bytes; begin < n_units;) {
-    begin = wave_end(begin, &bytes);
-    pack_bytes = most(pack_bytes, bytes);
+  for (Units at(call); !at.at_end();) {
+    const Wave<C> wave(at, shape, group, threads);
+    pack_bytes = most(pack_bytes, wave.bytes);
+    at = wave.end();
   }
   const int64_t scratch_bytes = round_up(ForwardScratch<C>::bytes(shape), 4096);
   char* workspace = take_workspace(pack_bytes + threads * scratch_bytes);
@@ -238,41 +336,33 @@ bool forward(const AttentionCall& call) {
   run_team(threads, [&](const Team& team) {
     ForwardScratch<C> scratch(Arena{workspace + pack_bytes + team.id * scratch_bytes}, shape,
                               call.rule.dropout_p > 0);
-    const auto packed = [&](int64_t offset, const Document& doc) {
-      C* k = reinterpret_cast<C*>(workspace + offset);
-      return PackedUnit<C>{k, k + tiles_of(doc.n_k) * shape.k_tile};
-    };
-    for (int64_t begin = 0, unused; begin < n_units;) {
-      const int64_t end = wave_end(begin, &unused);
-      int64_t n_packs = 0, n_items = 0;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        n_packs += key_tiles(call.documents[unit / call.n_kv_heads]);
-        n_items += query_items(call.documents[unit / call.n_kv_heads]);
-      }
-      Cursor<decltype(key_tiles)> pack_at{call, key_tiles, begin, 0, 0};
-      for (int64_t item; (item = take_next(&packs_taken)) < n_packs;) {
-        pack_at.advance_to(item, unit_bytes);
-        const Document& doc = call.documents[pack_at.unit / call.n_kv_heads];
-        pack_key_tile<T>(call, shape, doc, static_cast<int>(pack_at.unit % call.n_kv_heads),
-                         item - pack_at.begin, packed(pack_at.bytes, doc), scratch);
+    for (Units next(call); !next.at_end();) {
+      const Wave<C> wave(next, shape, group, threads);
+      Cursor<C, decltype(key_tiles)> pack_at(wave, shape, key_tiles);
+      for (int64_t item; (item = take_next(&packs_taken)) < wave.n_packs;) {
+        pack_at.advance_to(item);
+        const Stretch& unit = pack_at.unit;
+        pack_key_tile<T>(call, shape, call.documents[unit.document], unit.kv_head,
+                         unit.first_key + item - pack_at.begin,
+                         PackedUnit<C>(workspace + pack_at.offset, shape, unit), scratch);
       }
       team.barrier();
       if (team.id == 0) packs_taken = 0;
-      Cursor<decltype(query_items)> at{call, query_items, begin, 0, 0};
-      for (int64_t item; (item = take_next(&items_taken)) < n_items;) {
-        at.advance_to(item, unit_bytes);
-        const int64_t document = at.unit / call.n_kv_heads;
-        const Document& doc = call.documents[document];
+      Cursor<C, decltype(query_items)> at(wave, shape, query_items);
+      for (int64_t item; (item = take_next(&items_taken)) < wave.n_items;) {
+        at.advance_to(item);
+        const Stretch& unit = at.unit;
         const int64_t within = item - at.begin;
-        const int head =
-            static_cast<int>(at.unit % call.n_kv_heads) * group + static_cast<int>(within % group);
-        const int64_t tile = tiles_of(doc.n_q) - 1 - within / group;  // the last tiles see the most keys
-        forward_tile<T>(call, shape, document, head, tile * kTile, packed(at.bytes, doc), scratch);
+        const int head = unit.kv_head * group + static_cast<int>(within % group);
+        // the last tiles see the most keys
+        const int64_t tile = unit.first_query + unit.n_queries - 1 - within / group;
+        forward_tile<T>(call, shape, unit.document, head, tile * kTile,
+                        PackedUnit<C>(workspace + at.offset, shape, unit), scratch);
       }
       team.barrier();
       if (team.id == 0) items_taken = 0;
       team.barrier();
-      begin = end;
+      next = wave.end();
     }
   });
   give_workspace(workspace);
