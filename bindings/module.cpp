@@ -31,7 +31,7 @@ PYBIND11_MODULE(_C, m) {
                "; its best level is ", tw::isa_name(tw::best_isa()));
       return;
     }
-    tw::fail_check("set_isa: no level \"", name, "\". Known: portable, avx2, avx512, avx512_bf16");
+    tw::fail_check("set_isa: no level \"", name, "\". Known: portable, avx2, avx512, avx512_bf16, amx");
   });
   register_attention(m);
   register_ceilings(m);

@@ -1,7 +1,8 @@
 """The only reader of environment variables. `tilewright doctor` prints all of them.
 
 TILEWRIGHT_IMPL   an implementation's name; takes the place of impl="auto" everywhere
-TILEWRIGHT_ISA    a CPU level at or below the machine's own: portable, avx2, avx512, avx512_bf16
+TILEWRIGHT_ISA    a CPU level at or below the machine's own: portable, avx2, avx512, avx512_bf16,
+                  amx
 TRITON_INTERPRET  Triton's own switch: "1" runs its kernels in the interpreter, on the CPU
 """
 

@@ -9,7 +9,7 @@ import torch
 import tilewright  # noqa: F401  torch and the operators are registered before any test runs
 from tilewright import choose, native
 
-CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ def test_scratch_packs_as_many_heads_as_threads(kernel_once, threads, segments, 
     kept = [attend(kernel_once, q[:, :64], k[:, :64], k[:, :64], **options)]
     growth = _peak_growth_bytes(lambda: kept.append(attend(kernel_once, q, k, k, **options)))
     results = sum(t.numel() * t.element_size() for t in kept[1])
-    stays_bf16 = dtype == torch.bfloat16 and native.native().isa() == "avx512_bf16"
+    stays_bf16 = dtype == torch.bfloat16 and native.native().isa() in ("avx512_bf16", "amx")
     packed_size = 2 if stays_bf16 else 4
     packed = 2 * 2 * n_keys * 64 * packed_size  # K and V, two threads
     scratch = growth - results

@@ -218,11 +218,12 @@ def test_files_that_are_compiled_per_level_include_no_cpp_library_header():
 LEVEL_CONDITION = re.compile(r"^\s*#\s*(?:if|elif|ifdef).*(?:__AVX|__SSE|TW_ISA_).*", re.MULTILINE)
 MAY_ASK_THE_LEVEL = {
     "csrc/common/vec.h": "holds what differs between levels",
+    "csrc/common/matrix_unit.h": "the same for the one level with a matrix unit",
     "csrc/bench/ceilings_cpu.cpp": "measures one instruction that only one level has",
 }
 
 
-def test_only_vec_h_asks_for_the_level():
+def test_few_files_ask_for_the_level():
     asking = offenders(
         under("csrc", suffixes=CPP), lambda path: LEVEL_CONDITION.findall(path.read_text())
     )

@@ -51,9 +51,10 @@ def objects(tmp_path_factory) -> dict[str, list[Path]]:
 WIDE = re.compile(r"\t(?!verr|verw)v\w+|%[yz]mm\d|%k[0-7]\b")
 EVEX = re.compile(r"%zmm\d|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])\b")
 DOTS = re.compile(r"\tv(?:dpbf16ps|cvtneps2bf16|cvtne2ps2bf16|pdpbusds?|pdpwssds?)\b")
+TILES = re.compile(r"\t(?:tile\w+|tdp\w+|ldtilecfg|sttilecfg)\b|%tmm\d")
 
 # level: what none of its objects may hold
-FORBIDDEN = {"portable": WIDE, "avx2": EVEX, "avx512": DOTS}
+FORBIDDEN = {"portable": WIDE, "avx2": EVEX, "avx512": DOTS, "avx512_bf16": TILES}
 
 
 @pytest.mark.parametrize("level", FORBIDDEN)
@@ -67,9 +68,9 @@ def test_a_level_holds_no_instruction_of_a_higher_one(objects, level):
 
 
 def test_the_patterns_recognise_what_they_forbid(objects):
-    if "avx512_bf16" not in objects:
+    if "amx" not in objects:
         pytest.skip("no wide level is built on this processor family")
-    wider = {"portable": "avx2", "avx2": "avx512", "avx512": "avx512_bf16"}
+    wider = {"portable": "avx2", "avx2": "avx512", "avx512": "avx512_bf16", "avx512_bf16": "amx"}
     for level, above in wider.items():
         code = [output_of("objdump", "-d", "--no-show-raw-insn", p) for p in objects[above]]
         assert any(FORBIDDEN[level].search(text) for text in code)

@@ -17,15 +17,20 @@
 namespace tw {
 namespace {
 
+constexpr int kTile = 64;  // queries and keys of a tile
 constexpr double kSerialFlops = 1e6;
+// Key tiles that meet a query tile in turn, while it is in the second cache: for each of them alone all of
+// the query side would pass by, more than that cache holds.
+constexpr int kKeysInTurn = 256 / kTile;
 
 inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
 template <class C>
 struct BackwardShape {
   Width<C> qk, v;
-  int64_t key_tiles, query_tiles;                                            // of the longest document
-  int64_t k_rows, v_rows, kt, q_lanes_t, do_lanes_t, q_lanes, do_lanes, dq;  // elements of a packed tile
+  int64_t key_tiles, query_tiles;                                        // of the longest document
+  int64_t k_rows, v_rows, kt, q_lanes_t, do_lanes_t, q_lanes, do_lanes;  // elements of a packed tile
+  int64_t dq, dk, dv;                                                    // floats of a tile
 
   explicit BackwardShape(const AttentionCall& call)
       : qk(call.head_dim), v(call.value_dim), key_tiles(0), query_tiles(0) {
@@ -35,8 +40,8 @@ struct BackwardShape {
     }
     k_rows = q_lanes_t = int64_t{kTile} * qk.row;
     v_rows = do_lanes_t = int64_t{kTile} * v.row;
-    kt = q_lanes = dq = int64_t{kTile} * qk.lanes;
-    do_lanes = int64_t{kTile} * v.lanes;
+    kt = q_lanes = dq = dk = int64_t{kTile} * qk.lanes;
+    do_lanes = dv = int64_t{kTile} * v.lanes;
   }
   int64_t grad_row() const { return qk.lanes + v.lanes; }  // floats of a row of summed dK and dV
 };
@@ -47,9 +52,9 @@ struct BackwardScratch {
   C *k, *v, *kt;
   C *q_t, *do_t, *q, *dout;
   float *dq, *lse, *delta;
-  TileIntervals* see;
+  TileIntervals<kTile>* see;
   C *stage, *pairs, *p, *ds, *ds_lanes;
-  float *scores, *dp, *factor, *dk_tile, *dv_tile, *sums;
+  float *scores, *dp, *factor, *dk_tiles, *dv_tiles, *sums;
 
   // With base nullptr, only measures: returns the bytes needed.
   int64_t lay_out(char* base, const BackwardShape<C>& shape, bool drops, bool sums_heads) {
@@ -66,7 +71,7 @@ struct BackwardScratch {
     dq = arena.take<float>(n_q * shape.dq);
     lse = arena.take<float>(n_q * kTile);
     delta = arena.take<float>(n_q * kTile);
-    see = arena.take<TileIntervals>(n_q);
+    see = arena.take<TileIntervals<kTile>>(n_q);
     stage = arena.take<C>(widest);
     pairs = arena.take<C>(widest);
     p = arena.take<C>(kTile * kTile);
@@ -75,8 +80,8 @@ struct BackwardScratch {
     scores = arena.take<float>(kTile * kTile);
     dp = arena.take<float>(kTile * kTile);
     factor = drops ? arena.take<float>(kTile * kTile) : nullptr;
-    dk_tile = arena.take<float>(int64_t{kTile} * shape.qk.lanes);
-    dv_tile = arena.take<float>(int64_t{kTile} * shape.v.lanes);
+    dk_tiles = arena.take<float>(kKeysInTurn * shape.dk);
+    dv_tiles = arena.take<float>(kKeysInTurn * shape.dv);
     sums = sums_heads ? arena.take<float>(n_k * kTile * shape.grad_row()) : nullptr;
     return round_up(arena.at - base, 4096);
   }
@@ -87,10 +92,12 @@ void pack_keys(const AttentionCall& call, const BackwardShape<C>& shape, const D
                BackwardScratch<C>& s) {
   for (int64_t t = 0; t < tiles_of(doc.n_k); ++t) {
     const int64_t j0 = t * kTile;
-    stage_key_rows<C, T>(s.k + t * shape.k_rows, shape.qk.row, call.k, doc, j0, kv_head, call.head_dim);
-    stage_key_rows<C, T>(s.v + t * shape.v_rows, shape.v.row, call.v, doc, j0, kv_head, call.value_dim);
-    stage_key_rows<C, T>(s.stage, shape.qk.lanes, call.k, doc, j0, kv_head, call.head_dim);
-    transpose_tile(s.kt + t * shape.kt, s.stage, s.pairs, shape.qk.lanes);
+    stage_key_rows<kTile, C, T>(s.k + t * shape.k_rows, shape.qk.row, call.k, doc, j0, kv_head,
+                                call.head_dim);
+    stage_key_rows<kTile, C, T>(s.v + t * shape.v_rows, shape.v.row, call.v, doc, j0, kv_head,
+                                call.value_dim);
+    stage_key_rows<kTile, C, T>(s.stage, shape.qk.lanes, call.k, doc, j0, kv_head, call.head_dim);
+    transpose_tile<kTile>(s.kt + t * shape.kt, s.stage, s.pairs, shape.qk.lanes);
   }
 }
 
@@ -122,9 +129,11 @@ void pack_queries(const BackwardCall& call, const BackwardShape<C>& shape, const
   for (int64_t t = 0; t < tiles_of(doc.n_q); ++t) {
     const int64_t first = t * kTile;
     const auto pack = [&](const View& tensor, const Width<C>& width, C* transposed, C* lanes) {
-      stage_rows<C, T>(s.stage, width.row, tensor, doc.batch, doc.q_begin, first, doc.n_q, head, width.d);
+      stage_rows<kTile, C, T>(s.stage, width.row, tensor, doc.batch, doc.q_begin, first, doc.n_q, head,
+                              width.d);
       pack_lanes_transposed(transposed, s.stage, width.words, kTile, width.words);
-      stage_rows<C, T>(s.stage, width.lanes, tensor, doc.batch, doc.q_begin, first, doc.n_q, head, width.d);
+      stage_rows<kTile, C, T>(s.stage, width.lanes, tensor, doc.batch, doc.q_begin, first, doc.n_q, head,
+                              width.d);
       pack_lanes(lanes, s.stage, width.lanes, kTile, width.lanes);
     };
     pack(fwd.q, shape.qk, s.q_t + t * shape.q_lanes_t, s.q + t * shape.q_lanes);
@@ -149,13 +158,13 @@ void pack_queries(const BackwardCall& call, const BackwardShape<C>& shape, const
 // From scores and dP to P and dS, in the layouts of the three products that follow.
 template <class C, bool CAPS, bool DROPS>
 void weights_step(const Rule& rule, BackwardScratch<C>& s, int64_t first) {
-  const vf one = set1(1.0f);
+  const vf one = set1(1.0f), unit = set1(score_unit(rule)), to_log2 = set1(kLog2E);
   const vf per_cap = set1(CAPS ? 1.0f / rule.softcap : 0.0f);
   for (int n = 0; n < kTile; n += W) {
-    const vf row_lse = load(s.lse + first + n), row_delta = load(s.delta + first + n);
+    const vf minus_lse = sub(zero(), load(s.lse + first + n)), row_delta = load(s.delta + first + n);
     const auto pair = [&](int at, vf& p, vf& ds) {
       const vf score = load(s.scores + at);
-      p = weight_of<Unit<C>::kExpTerms>(score, row_lse);
+      p = weight_of<Unit<C>::kExpTerms>(fma(score, unit, minus_lse), to_log2);
       vf dp = load(s.dp + at);
       if constexpr (DROPS) dp = mul(dp, load(s.factor + at));
       ds = mul(p, sub(dp, row_delta));
@@ -181,32 +190,32 @@ void weights_step(const Rule& rule, BackwardScratch<C>& s, int64_t first) {
 
 template <class C>
 void backward_pair(const BackwardCall& call, const BackwardShape<C>& shape, int64_t document, int head,
-                   int64_t key_tile, int64_t query_tile, BackwardScratch<C>& s) {
+                   int64_t key_tile, int64_t query_tile, float* dk, float* dv, BackwardScratch<C>& s) {
   const AttentionCall& fwd = call.forward;
   const Document& doc = fwd.documents[document];
   const Rule& rule = fwd.rule;
-  const TileIntervals& see = s.see[query_tile];
+  const TileIntervals<kTile>& see = s.see[query_tile];
   const int64_t j0 = key_tile * kTile, first = query_tile * kTile;
   constexpr int kDepth = kTile / Unit<C>::kDepth;
 
   gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, s.k + key_tile * shape.k_rows, shape.qk.row,
-                       s.q_t + query_tile * shape.q_lanes_t, kTile, s.scores, kTile, nullptr,
-                       score_scale(rule));
-  if (rule.softcap > 0) apply_softcap(s.scores, kTile * kTile, rule.softcap);
-  if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
+                       s.q_t + query_tile * shape.q_lanes_t, kTile, s.scores, kTile);
+  settle_scores<kTile>(s.scores, rule);
+  if (!see.all_see(j0) || !tile_is_live<kTile>(doc, j0)) mask_tile<kTile>(s.scores, see, doc, j0);
   gemm<C, Start::zero>(kTile, kTile, shape.v.depth, s.v + key_tile * shape.v_rows, shape.v.row,
                        s.do_t + query_tile * shape.do_lanes_t, kTile, s.dp, kTile);
   const bool drops = rule.dropout_p > 0, caps = rule.softcap > 0;
-  if (drops) dropout_factors(s.factor, rule, static_cast<uint32_t>(document * fwd.n_heads + head), first, j0);
+  if (drops)
+    dropout_factors<kTile>(s.factor, rule, static_cast<uint32_t>(document * fwd.n_heads + head), first, j0);
   const auto step = caps ? (drops ? weights_step<C, true, true> : weights_step<C, true, false>)
                          : (drops ? weights_step<C, false, true> : weights_step<C, false, false>);
   step(rule, s, first);
 
   if (call.dv.data) {
     gemm<C, Start::add_to>(kTile, shape.v.lanes, kDepth, s.p, kTile, s.dout + query_tile * shape.do_lanes,
-                           shape.v.lanes, s.dv_tile, shape.v.lanes);
+                           shape.v.lanes, dv, shape.v.lanes);
     gemm<C, Start::add_to>(kTile, shape.qk.lanes, kDepth, s.ds, kTile, s.q + query_tile * shape.q_lanes,
-                           shape.qk.lanes, s.dk_tile, shape.qk.lanes);
+                           shape.qk.lanes, dk, shape.qk.lanes);
   }
   if (call.dq.data)
     gemm<C, Start::add_to>(shape.qk.out_rows, kTile, kDepth, s.kt + key_tile * shape.kt, kTile, s.ds_lanes,
@@ -258,26 +267,33 @@ void backward_head(const BackwardCall& call, const BackwardShape<C>& shape, int6
   const AttentionCall& fwd = call.forward;
   const Document& doc = fwd.documents[document];
   pack_queries<T>(call, shape, doc, head, s);
-  for (int64_t kt = 0; kt < tiles_of(doc.n_k); ++kt) {
-    memset(s.dk_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.qk.lanes);
-    memset(s.dv_tile, 0, sizeof(float) * static_cast<size_t>(kTile) * shape.v.lanes);
+  const int64_t n_tiles = tiles_of(doc.n_k);
+  for (int64_t first = 0; first < n_tiles; first += kKeysInTurn) {
+    const int64_t end = least(first + kKeysInTurn, n_tiles);
+    memset(s.dk_tiles, 0, sizeof(float) * static_cast<size_t>(kKeysInTurn * shape.dk));
+    memset(s.dv_tiles, 0, sizeof(float) * static_cast<size_t>(kKeysInTurn * shape.dv));
     for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
-      if (s.see[qt].touches(kt * kTile)) backward_pair(call, shape, document, head, kt, qt, s);
-    if (!call.dv.data) continue;
-    if (sums) {
-      float* sum = sums + kt * kTile * shape.grad_row();
-      add_tile(sum, shape.grad_row(), s.dk_tile, shape.qk.lanes, is_first);
-      add_tile(sum + shape.qk.lanes, shape.grad_row(), s.dv_tile, shape.v.lanes, is_first);
-    } else {
-      store_key_tile<T>(call, shape, doc, head, kt, s.dk_tile, s.dv_tile, shape.qk.lanes, shape.v.lanes);
+      for (int64_t kt = first; kt < end; ++kt)
+        if (s.see[qt].touches(kt * kTile))
+          backward_pair(call, shape, document, head, kt, qt, s.dk_tiles + (kt - first) * shape.dk,
+                        s.dv_tiles + (kt - first) * shape.dv, s);
+    for (int64_t kt = first; kt < end && call.dv.data; ++kt) {
+      const float *dk = s.dk_tiles + (kt - first) * shape.dk, *dv = s.dv_tiles + (kt - first) * shape.dv;
+      if (sums) {
+        float* sum = sums + kt * kTile * shape.grad_row();
+        add_tile(sum, shape.grad_row(), dk, shape.qk.lanes, is_first);
+        add_tile(sum + shape.qk.lanes, shape.grad_row(), dv, shape.v.lanes, is_first);
+      } else {
+        store_key_tile<T>(call, shape, doc, head, kt, dk, dv, shape.qk.lanes, shape.v.lanes);
+      }
     }
   }
   if (!call.dq.data) return;
   float to_dq[kTile];
   for (float& x : to_dq) x = fwd.rule.scale;
   for (int64_t qt = 0; qt < tiles_of(doc.n_q); ++qt)
-    store_transposed<T>(call.dq, doc.batch, doc.q_begin + qt * kTile, head, s.dq + qt * shape.dq, to_dq,
-                        static_cast<int>(least(kTile, doc.n_q - qt * kTile)), fwd.head_dim);
+    store_transposed<kTile, T>(call.dq, doc.batch, doc.q_begin + qt * kTile, head, s.dq + qt * shape.dq,
+                               to_dq, static_cast<int>(least(kTile, doc.n_q - qt * kTile)), fwd.head_dim);
 }
 
 template <class T>
@@ -345,6 +361,7 @@ bool backward(const BackwardCall& call) {
 
   int64_t units_taken = 0;
   run_team(threads, [&](const Team& team) {
+    const MatrixUnit unit_is_ready;
     BackwardScratch<C> s;
     s.lay_out(workspace + team.id * scratch_bytes, shape, drops, sums_heads);
     if (shares_units)
@@ -361,14 +378,7 @@ bool backward(const BackwardCall& call) {
 namespace TW_ISA {
 
 bool attention_backward(const BackwardCall& call) {
-  switch (call.forward.dtype) {
-    case DType::f32:
-      return backward<float>(call);
-    case DType::bf16:
-      return backward<bf16>(call);
-    default:
-      return backward<f16>(call);
-  }
+  return by_dtype(call.forward.dtype, [&](auto x) { return backward<decltype(x)>(call); });
 }
 
 }  // namespace TW_ISA

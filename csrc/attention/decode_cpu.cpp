@@ -216,7 +216,7 @@ inline void weigh_chunk(const DecodeCall& call, int64_t b, int64_t begin, int n,
     if (call.rule.window_right >= 0) hi = least(hi, at + call.rule.window_right + 1);
     if (call.rule.window_left >= 0) lo = most(lo, at - call.rule.window_left);
     float* row = scores + int64_t{r} * kChunk;
-    if (call.rule.softcap > 0) apply_softcap(row, static_cast<int>(round_up(n, W)), call.rule.softcap);
+    if (call.rule.softcap > 0) apply_softcap(row, static_cast<int>(round_up(n, W)), call.rule.softcap, 1.0f);
     for (int64_t i = 0; i < least(lo - begin, n); ++i) row[i] = hidden;
     for (int64_t i = most(hi - begin, 0); i < round_up(n, W); ++i) row[i] = hidden;
     if (call.live)
@@ -231,7 +231,7 @@ inline void weigh_chunk(const DecodeCall& call, int64_t b, int64_t begin, int n,
     const vf pivot = set1(best == hidden ? 0.0f : best);
     vf total = zero();
     for (int i = 0; i < n; i += W) {
-      const vf weight = weight_of<6>(load(row + i), pivot);
+      const vf weight = weight_of<6>(sub(load(row + i), pivot), set1(kLog2E));
       total = add(total, weight);
       store(row + i, weight);
     }
@@ -279,7 +279,7 @@ bool decode(const DecodeCall& call) {
   if (!workspace) return false;
   Partial* partials = reinterpret_cast<Partial*>(workspace + threads * scratch_bytes);
   float* outs = reinterpret_cast<float*>(workspace + threads * scratch_bytes + partial_bytes);
-  const float scale = score_scale(call.rule);
+  const float scale = call.rule.softcap > 0 ? call.rule.scale / call.rule.softcap : call.rule.scale;
 
   int64_t shares_taken = 0, rows_taken = 0;
   run_team(threads, [&](const Team& team) {
@@ -358,14 +358,7 @@ bool decode(const DecodeCall& call) {
 namespace TW_ISA {
 
 bool attention_decode(const DecodeCall& call) {
-  switch (call.dtype) {
-    case DType::f32:
-      return decode<float>(call);
-    case DType::bf16:
-      return decode<bf16>(call);
-    default:
-      return decode<f16>(call);
-  }
+  return by_dtype(call.dtype, [&](auto x) { return decode<decltype(x)>(call); });
 }
 
 }  // namespace TW_ISA

@@ -1,4 +1,4 @@
-// Forward: out = softmax(scores) v, one tile of 64 queries at a time, over the key tiles they see.
+// Forward: out = softmax(scores) v, one tile of queries at a time, over the key tiles they see.
 //
 // A tile of scores is held transposed, S[key][query], so that queries are lanes: the running maximum, the sum
 // and the rescaling are plain vertical vector operations, and both products take their left side as it lies
@@ -19,9 +19,15 @@
 namespace tw {
 namespace {
 
+// Queries and keys of a tile. With a matrix unit, products are so quick that reading counts: what a tile
+// needs at once (K, V, scores, weights, output: 40 KB for D 128) has to stay in the first cache.
+constexpr int kTile = kHasMatrixUnit ? 32 : 64;
+constexpr int kMostInTurn = 256 / kTile;      // query tiles that meet a block of keys in turn, while it is in
+constexpr int64_t kBlockTiles = 512 / kTile;  // the second cache: so many key tiles
 constexpr int64_t kWaveBytes = int64_t{8} << 20;
-constexpr int64_t kLeastStretch = 16;  // query tiles: shorter ones would pack shared keys too often
-constexpr double kSerialFlops = 1e6;   // about 20 microseconds of one core
+constexpr int64_t kLeastStretch = 1024 / kTile;  // query tiles: shorter ones pack shared keys too often
+constexpr float kLeastGrowth = 8;                // of a score, in powers of two, for a new pivot
+constexpr double kSerialFlops = 1e6;             // about 20 microseconds of one core
 
 template <class C>
 struct ForwardShape {
@@ -38,30 +44,42 @@ struct ForwardShape {
   }
 };
 
+// A tile of queries of one head on its way over the keys.
+template <class C>
+struct QueryTile {
+  C* q;
+  float *o, *pivot, *sum;  // o, sum: of exp(score - pivot)
+  int64_t first;           // query
+  bool is_new;             // has met no key yet: o holds nothing
+  TileIntervals<kTile> see;
+};
+
 template <class C>
 struct ForwardScratch {  // of one thread
-  C *q, *stage, *pairs, *p;
-  float *scores, *o, *factor, *max, *sum, *rescale;
+  C *stage, *pairs, *p;
+  float *scores, *factor, *rescale;
+  QueryTile<C>* tiles;
 
-  ForwardScratch(Arena arena, const ForwardShape<C>& shape, bool drops) {
+  // With base nullptr, only measures: returns the bytes needed.
+  int64_t lay_out(char* base, const ForwardShape<C>& shape, bool drops) {
+    Arena arena{base};
     const int64_t widest = most(shape.qk.row, shape.v.lanes) * kTile;
-    q = arena.take<C>(int64_t{shape.qk.row} * kTile);
     stage = arena.take<C>(widest);
     pairs = arena.take<C>(widest);
     p = arena.take<C>(kTile * kTile);
     scores = arena.take<float>(kTile * kTile);
-    o = arena.take<float>(int64_t{shape.v.lanes} * kTile);
-    max = arena.take<float>(kTile);
-    sum = arena.take<float>(kTile);
     rescale = arena.take<float>(kTile);
     factor = drops ? arena.take<float>(kTile * kTile) : nullptr;
-  }
-  static int64_t bytes(const ForwardShape<C>& shape) {
-    const int64_t widest = most(shape.qk.row, shape.v.lanes) * kTile;
-    return (3 * widest + kTile * kTile) * static_cast<int64_t>(sizeof(C)) +
-           (2 * kTile * kTile + int64_t{shape.v.lanes} * kTile + 3 * kTile) *
-               static_cast<int64_t>(sizeof(float)) +
-           16 * 64;
+    tiles = arena.take<QueryTile<C>>(kMostInTurn);
+    for (int i = 0; i < kMostInTurn; ++i) {
+      QueryTile<C> tile{};
+      tile.q = arena.take<C>(int64_t{shape.qk.row} * kTile);
+      tile.o = arena.take<float>(int64_t{shape.v.lanes} * kTile);
+      tile.pivot = arena.take<float>(kTile);
+      tile.sum = arena.take<float>(kTile);
+      if (base) tiles[i] = tile;
+    }
+    return round_up(arena.at - base, 4096);
   }
 };
 
@@ -159,31 +177,42 @@ template <class T, class C>
 void pack_key_tile(const AttentionCall& call, const ForwardShape<C>& shape, const Document& doc, int kv_head,
                    int64_t tile, const PackedUnit<C>& unit, ForwardScratch<C>& scratch) {
   const int64_t j0 = tile * kTile;
-  stage_key_rows<C, T>(unit.k_tile(shape, tile), shape.qk.row, call.k, doc, j0, kv_head, call.head_dim);
-  stage_key_rows<C, T>(scratch.stage, shape.v.lanes, call.v, doc, j0, kv_head, call.value_dim);
-  transpose_tile(unit.v_tile(shape, tile), scratch.stage, scratch.pairs, shape.v.lanes);
+  stage_key_rows<kTile, C, T>(unit.k_tile(shape, tile), shape.qk.row, call.k, doc, j0, kv_head,
+                              call.head_dim);
+  stage_key_rows<kTile, C, T>(scratch.stage, shape.v.lanes, call.v, doc, j0, kv_head, call.value_dim);
+  transpose_tile<kTile>(unit.v_tile(shape, tile), scratch.stage, scratch.pairs, shape.v.lanes);
 }
 
-// One step of the online softmax over a tile of masked scores: new running maximum and sum, the factor by
-// which the accumulated output shrinks, and P. A lane that has seen no key yet keeps maximum -inf and sum 0.
+// One step of the online softmax over a tile of masked scores: P, exp(score - pivot), and its sums. The pivot
+// is a score near the running maximum: it moves, and the sums so far shrink by s.rescale, only where a weight
+// would exceed 2^kLeastGrowth. A lane that has seen no key yet keeps pivot -inf and sum 0. Returns whether
+// any pivot moved.
 template <class C, bool DROPS>
-void softmax_step(ForwardScratch<C>& s) {
+bool softmax_step(const QueryTile<C>& tile, const ForwardScratch<C>& s, float unit) {
   constexpr int kTerms = Unit<C>::kExpTerms;
-  const vf none = set1(-__builtin_inff());
+  const vf none = set1(-__builtin_inff()), to_log2 = set1(unit * kLog2E);
+  const vf least_growth = set1(kLeastGrowth / (unit * kLog2E));
+  bool moved = false;
   for (int n = 0; n < kTile; n += W) {
-    const vf old_max = load(s.max + n);
-    vf max_a = old_max, max_b = none;
-    for (int r = 0; r < kTile; r += 2) {
-      max_a = max(load(s.scores + r * kTile + n), max_a);
-      max_b = max(load(s.scores + (r + 1) * kTile + n), max_b);
+    vf top[4] = {none, none, none, none};
+    for (int r = 0; r < kTile; r += 4)
+      for (int i = 0; i < 4; ++i) top[i] = max(load(s.scores + (r + i) * kTile + n), top[i]);
+    const vf top_score = max(max(top[0], top[1]), max(top[2], top[3])), old_pivot = load(tile.pivot + n);
+    const vm grows = lt(add(old_pivot, least_growth), top_score);
+    vf pivot = old_pivot, sum_a = load(tile.sum + n), sum_b = zero();
+    vf shrink = set1(1.0f);
+    if (any(grows)) {
+      moved = true;
+      pivot = select(grows, top_score, old_pivot);
+      shrink = select(grows, weight_of<kTerms>(sub(old_pivot, pivot), to_log2), shrink);
+      sum_a = mul(sum_a, shrink);
+      store(tile.pivot + n, pivot);
     }
-    const vf new_max = max(max_a, max_b);
-    const vf pivot = select(le(new_max, none), zero(), new_max);
-    const vf shrink = weight_of<kTerms>(old_max, pivot);
-    vf sum_a = mul(load(s.sum + n), shrink), sum_b = zero();
+    store(s.rescale + n, shrink);
+    const vf finite_pivot = select(le(pivot, none), zero(), pivot);
     for (int r = 0; r < kTile; r += 2) {
-      vf a = weight_of<kTerms>(load(s.scores + r * kTile + n), pivot);
-      vf b = weight_of<kTerms>(load(s.scores + (r + 1) * kTile + n), pivot);
+      vf a = weight_of<kTerms>(sub(load(s.scores + r * kTile + n), finite_pivot), to_log2);
+      vf b = weight_of<kTerms>(sub(load(s.scores + (r + 1) * kTile + n), finite_pivot), to_log2);
       sum_a = add(sum_a, a);
       sum_b = add(sum_b, b);
       if constexpr (DROPS) {
@@ -197,72 +226,102 @@ void softmax_step(ForwardScratch<C>& s) {
         store(s.p + (r + 1) * kTile + n, b);
       }
     }
-    store(s.max + n, new_max);
-    store(s.sum + n, add(sum_a, sum_b));
-    store(s.rescale + n, shrink);
+    store(tile.sum + n, add(sum_a, sum_b));
+  }
+  return moved;
+}
+
+template <class T, class C>
+void begin_tile(const AttentionCall& call, const ForwardShape<C>& shape, const Document& doc, int head,
+                int64_t first, QueryTile<C>& tile, const ForwardScratch<C>& s) {
+  stage_rows<kTile, C, T>(s.stage, shape.qk.row, call.q, doc.batch, doc.q_begin, first, doc.n_q, head,
+                          call.head_dim);
+  pack_lanes_transposed(tile.q, s.stage, shape.qk.words, kTile, shape.qk.words);
+  for (int i = 0; i < kTile; ++i) {
+    tile.pivot[i] = -__builtin_inff();
+    tile.sum[i] = 0.0f;
+  }
+  tile.first = first;
+  tile.is_new = true;
+  tile.see.fill(doc, call.rule, head, first);
+}
+
+// The tile meets the keys [begin, end), whole key tiles, as far as it sees them.
+template <class C>
+void meet_keys(const AttentionCall& call, const ForwardShape<C>& shape, int64_t document, int head,
+               int64_t begin, int64_t end, const PackedUnit<C>& unit, QueryTile<C>& tile,
+               const ForwardScratch<C>& s) {
+  const Document& doc = call.documents[document];
+  const float unit_of_scores = score_unit(call.rule);
+  for (int64_t j0 = begin; j0 < end; j0 += kTile) {
+    if (!tile.see.touches(j0)) continue;
+    gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, unit.k_tile(shape, j0 / kTile), shape.qk.row, tile.q,
+                         kTile, s.scores, kTile);
+    settle_scores<kTile>(s.scores, call.rule);
+    if (!tile.see.all_see(j0) || !tile_is_live<kTile>(doc, j0)) mask_tile(s.scores, tile.see, doc, j0);
+    bool moved;
+    if (call.rule.dropout_p > 0) {
+      dropout_factors<kTile>(s.factor, call.rule, static_cast<uint32_t>(document * call.n_heads + head),
+                             tile.first, j0);
+      moved = softmax_step<C, true>(tile, s, unit_of_scores);
+    } else {
+      moved = softmax_step<C, false>(tile, s, unit_of_scores);
+    }
+    const C* vt = unit.v_tile(shape, j0 / kTile);
+    constexpr int kDepth = kTile / Unit<C>::kDepth;
+    if (tile.is_new)
+      gemm<C, Start::zero>(shape.v.out_rows, kTile, kDepth, vt, kTile, s.p, kTile, tile.o, kTile);
+    else if (moved)
+      gemm<C, Start::rescale>(shape.v.out_rows, kTile, kDepth, vt, kTile, s.p, kTile, tile.o, kTile,
+                              s.rescale);
+    else
+      gemm<C, Start::add_to>(shape.v.out_rows, kTile, kDepth, vt, kTile, s.p, kTile, tile.o, kTile);
+    tile.is_new = false;
   }
 }
 
-// lse and the output's last factor, from the running maximum and sum; the sink joins the denominator here.
-template <class C>
-void finish_rows(const AttentionCall& call, ForwardScratch<C>& s, int head, int n, float* lse) {
+// Output and lse; the sink joins the denominator here.
+template <class T, class C>
+void finish_tile(const AttentionCall& call, const ForwardShape<C>& shape, const Document& doc, int head,
+                 const QueryTile<C>& tile, const ForwardScratch<C>& s) {
+  const int n = static_cast<int>(least(kTile, doc.n_q - tile.first));
+  float* lse = call.lse + (doc.batch * call.n_heads + head) * call.n_rows + doc.q_begin + tile.first;
+  const double unit = score_unit(call.rule);
   for (int i = 0; i < kTile; ++i) {
-    float top = s.max[i], sum = s.sum[i], keep = 1.0f;
+    double top = unit * tile.pivot[i];
+    float sum = tile.sum[i], keep = 1.0f;
     if (call.sinks) {
-      const float sink = call.sinks[head], new_top = sink > top ? sink : top;
-      keep = top == -__builtin_inff() ? 0.0f : __builtin_expf(top - new_top);
-      sum = sum * keep + (sink == -__builtin_inff() ? 0.0f : __builtin_expf(sink - new_top));
+      const double sink = call.sinks[head], new_top = sink > top ? sink : top;
+      keep = top == -__builtin_inf() ? 0.0f : __builtin_expf(static_cast<float>(top - new_top));
+      sum =
+          sum * keep + (sink == -__builtin_inf() ? 0.0f : __builtin_expf(static_cast<float>(sink - new_top)));
       top = new_top;
     }
     const bool sees_nothing = sum == 0.0f;  // but not where it is NaN
     s.rescale[i] = sees_nothing ? 0.0f : keep / sum;
     if (i < n) lse[i] = sees_nothing ? -__builtin_inff() : log_sum_exp(top, sum);
   }
+  if (tile.is_new) memset(tile.o, 0, sizeof(float) * static_cast<size_t>(shape.v.lanes) * kTile);
+  store_transposed<kTile, T>(call.out, doc.batch, doc.q_begin + tile.first, head, tile.o, s.rescale, n,
+                             call.value_dim);
 }
 
+// n query tiles from tile number `first` on, block of keys by block: each in the order of a tile alone.
 template <class T, class C>
-void forward_tile(const AttentionCall& call, const ForwardShape<C>& shape, int64_t document, int head,
-                  int64_t first, const PackedUnit<C>& unit, ForwardScratch<C>& s) {
+void forward_tiles(const AttentionCall& call, const ForwardShape<C>& shape, int64_t document, int head,
+                   int64_t first, int n, const PackedUnit<C>& unit, const ForwardScratch<C>& s) {
   const Document& doc = call.documents[document];
-  const int n = static_cast<int>(least(kTile, doc.n_q - first));
-  stage_rows<C, T>(s.stage, shape.qk.row, call.q, doc.batch, doc.q_begin, first, doc.n_q, head,
-                   call.head_dim);
-  pack_lanes_transposed(s.q, s.stage, shape.qk.words, kTile, shape.qk.words);
-  for (int i = 0; i < kTile; ++i) {
-    s.max[i] = -__builtin_inff();
-    s.sum[i] = 0.0f;
+  int64_t begin = INT64_MAX, end = 0;
+  for (int i = 0; i < n; ++i) {
+    begin_tile<T>(call, shape, doc, head, (first + i) * kTile, s.tiles[i], s);
+    if (s.tiles[i].see.end() == 0) continue;
+    begin = least(begin, s.tiles[i].see.first_tile());
+    end = most(end, s.tiles[i].see.end());
   }
-  TileIntervals see;
-  see.fill(doc, call.rule, head, first);
-
-  bool is_first = true;
-  const int64_t end = see.end();
-  for (int64_t j0 = end > 0 ? see.first_tile() : 0; j0 < end; j0 += kTile) {
-    if (!see.touches(j0)) continue;
-    const int64_t tile = j0 / kTile;
-    gemm<C, Start::zero>(kTile, kTile, shape.qk.depth, unit.k_tile(shape, tile), shape.qk.row, s.q, kTile,
-                         s.scores, kTile, nullptr, score_scale(call.rule));
-    if (call.rule.softcap > 0) apply_softcap(s.scores, kTile * kTile, call.rule.softcap);
-    if (!see.all_see(j0) || !tile_is_live(doc, j0)) mask_tile(s.scores, see, doc, j0);
-    if (call.rule.dropout_p > 0) {
-      dropout_factors(s.factor, call.rule, static_cast<uint32_t>(document * call.n_heads + head), first, j0);
-      softmax_step<C, true>(s);
-    } else {
-      softmax_step<C, false>(s);
-    }
-    const C* vt = unit.v_tile(shape, tile);
-    constexpr int kDepth = kTile / Unit<C>::kDepth;
-    if (is_first)
-      gemm<C, Start::zero>(shape.v.out_rows, kTile, kDepth, vt, kTile, s.p, kTile, s.o, kTile);
-    else
-      gemm<C, Start::rescale>(shape.v.out_rows, kTile, kDepth, vt, kTile, s.p, kTile, s.o, kTile, s.rescale);
-    is_first = false;
-  }
-  if (is_first) memset(s.o, 0, sizeof(float) * static_cast<size_t>(shape.v.lanes) * kTile);
-
-  float* lse = call.lse + (doc.batch * call.n_heads + head) * call.n_rows + doc.q_begin + first;
-  finish_rows(call, s, head, n, lse);
-  store_transposed<T>(call.out, doc.batch, doc.q_begin + first, head, s.o, s.rescale, n, call.value_dim);
+  for (int64_t j0 = begin; j0 < end; j0 += kBlockTiles * kTile)
+    for (int i = 0; i < n; ++i)
+      meet_keys(call, shape, document, head, j0, least(j0 + kBlockTiles * kTile, end), unit, s.tiles[i], s);
+  for (int i = 0; i < n; ++i) finish_tile<T>(call, shape, doc, head, s.tiles[i], s);
 }
 
 // The units of one wave: those from `first` on whose packed data fit in kWaveBytes, at least one for each
@@ -272,14 +331,14 @@ struct Wave {
   Units first;
   int64_t n_units = 0, bytes = 0, n_packs = 0, n_items = 0;
 
-  Wave(const Units& begin, const ForwardShape<C>& shape, int group, int threads) : first(begin) {
+  Wave(const Units& begin, const ForwardShape<C>& shape, int group, int in_turn, int threads) : first(begin) {
     for (Units at = begin; !at.at_end(); at.next(), ++n_units) {
       const Stretch unit = at.here();
       const int64_t more = shape.packed_bytes(unit.n_keys);
       if (n_units >= threads && bytes + more > kWaveBytes) break;
       bytes += more;
       n_packs += unit.n_keys;
-      n_items += group * unit.n_queries;
+      n_items += group * ((unit.n_queries + in_turn - 1) / in_turn);
     }
   }
   Units end() const {
@@ -315,29 +374,39 @@ bool forward(const AttentionCall& call) {
   const ForwardShape<C> shape(call);
   const int group = call.n_heads / call.n_kv_heads;
   double flops = 0;
-  for (int64_t i = 0; i < call.n_documents; ++i)
+  int64_t query_tiles = 0;
+  for (int64_t i = 0; i < call.n_documents; ++i) {
+    query_tiles += call.n_heads * tiles_of(call.documents[i].n_q);
     flops += 2.0 * (call.head_dim + call.value_dim) * call.n_heads *
              static_cast<double>(call.documents[i].n_q) * static_cast<double>(call.documents[i].n_k);
+  }
   const int threads = flops < kSerialFlops ? 1 : call.threads;
 
   const auto key_tiles = [](const Stretch& unit) { return unit.n_keys; };
-  const auto query_items = [group](const Stretch& unit) { return group * unit.n_queries; };
+  // query tiles of an item: fewer if there would not be enough items to keep all threads busy to the end
+  const int in_turn = static_cast<int>(most(1, least(kMostInTurn, query_tiles / (16 * threads))));
+  const auto query_items = [=](const Stretch& unit) {
+    return group * ((unit.n_queries + in_turn - 1) / in_turn);
+  };
   int64_t pack_bytes = 0;
   for (Units at(call); !at.at_end();) {
-    const Wave<C> wave(at, shape, group, threads);
+    const Wave<C> wave(at, shape, group, in_turn, threads);
     pack_bytes = most(pack_bytes, wave.bytes);
     at = wave.end();
   }
-  const int64_t scratch_bytes = round_up(ForwardScratch<C>::bytes(shape), 4096);
+  const bool drops = call.rule.dropout_p > 0;
+  ForwardScratch<C> measure;
+  const int64_t scratch_bytes = measure.lay_out(nullptr, shape, drops);
   char* workspace = take_workspace(pack_bytes + threads * scratch_bytes);
   if (!workspace) return false;
 
   int64_t packs_taken = 0, items_taken = 0;
   run_team(threads, [&](const Team& team) {
-    ForwardScratch<C> scratch(Arena{workspace + pack_bytes + team.id * scratch_bytes}, shape,
-                              call.rule.dropout_p > 0);
+    const MatrixUnit unit_is_ready;
+    ForwardScratch<C> scratch;
+    scratch.lay_out(workspace + pack_bytes + team.id * scratch_bytes, shape, drops);
     for (Units next(call); !next.at_end();) {
-      const Wave<C> wave(next, shape, group, threads);
+      const Wave<C> wave(next, shape, group, in_turn, threads);
       Cursor<C, decltype(key_tiles)> pack_at(wave, shape, key_tiles);
       for (int64_t item; (item = take_next(&packs_taken)) < wave.n_packs;) {
         pack_at.advance_to(item);
@@ -355,9 +424,10 @@ bool forward(const AttentionCall& call) {
         const int64_t within = item - at.begin;
         const int head = unit.kv_head * group + static_cast<int>(within % group);
         // the last tiles see the most keys
-        const int64_t tile = unit.first_query + unit.n_queries - 1 - within / group;
-        forward_tile<T>(call, shape, unit.document, head, tile * kTile,
-                        PackedUnit<C>(workspace + at.offset, shape, unit), scratch);
+        const int64_t end = unit.n_queries - within / group * in_turn, begin = most(0, end - in_turn);
+        forward_tiles<T>(call, shape, unit.document, head, unit.first_query + begin,
+                         static_cast<int>(end - begin), PackedUnit<C>(workspace + at.offset, shape, unit),
+                         scratch);
       }
       team.barrier();
       if (team.id == 0) items_taken = 0;
@@ -374,14 +444,7 @@ bool forward(const AttentionCall& call) {
 namespace TW_ISA {
 
 bool attention_forward(const AttentionCall& call) {
-  switch (call.dtype) {
-    case DType::f32:
-      return forward<float>(call);
-    case DType::bf16:
-      return forward<bf16>(call);
-    default:
-      return forward<f16>(call);
-  }
+  return by_dtype(call.dtype, [&](auto x) { return forward<decltype(x)>(call); });
 }
 
 }  // namespace TW_ISA

@@ -8,8 +8,6 @@
 namespace tw {
 namespace {
 
-constexpr int kTile = 64;  // queries and keys of a tile
-
 struct Interval {
   int64_t lo, hi;    // keys [lo, hi)
   int64_t lo2, hi2;  // and [lo2, hi2); empty without wraparound
@@ -46,9 +44,11 @@ inline Interval visible_keys(const Document& doc, const Rule& rule, int head, in
   return see;
 }
 
-// The intervals of the kTile queries from `first` on; lanes past the document's end repeat its last query.
+// The intervals of the TILE queries from `first` on; lanes past the document's end repeat its last query. A
+// tile has as many keys as queries.
+template <int TILE>
 struct TileIntervals {
-  Interval lane[kTile];
+  Interval lane[TILE];
   int64_t lo_min, hi_max, lo2_min, hi2_max;  // unions over the lanes
   int64_t lo_max, hi_min;                    // keys in [lo_max, hi_min) are seen by every lane
 
@@ -57,7 +57,7 @@ struct TileIntervals {
     hi_max = hi2_max = 0;
     lo_max = 0;
     hi_min = INT64_MAX;
-    for (int i = 0; i < kTile; ++i) {
+    for (int i = 0; i < TILE; ++i) {
       const int64_t query = first + i;
       lane[i] = query < doc.n_q || i == 0 ? visible_keys(doc, rule, head, query) : lane[i - 1];
       const Interval& see = lane[i];
@@ -73,48 +73,50 @@ struct TileIntervals {
       hi_min = least(hi_min, see.hi);
     }
   }
-  int64_t first_tile() const { return floor_div(least(lo_min, lo2_min), kTile) * kTile; }
+  int64_t first_tile() const { return floor_div(least(lo_min, lo2_min), TILE) * TILE; }
   int64_t end() const { return most(hi_max, hi2_max); }
   bool touches(int64_t j0) const {
-    return (j0 < hi_max && j0 + kTile > lo_min) || (j0 < hi2_max && j0 + kTile > lo2_min);
+    return (j0 < hi_max && j0 + TILE > lo_min) || (j0 < hi2_max && j0 + TILE > lo2_min);
   }
-  bool all_see(int64_t j0) const { return lo_max <= j0 && j0 + kTile <= hi_min; }
+  bool all_see(int64_t j0) const { return lo_max <= j0 && j0 + TILE <= hi_min; }
 };
 
 inline bool key_is_live(const Document& doc, int64_t j) {
   return doc.live_begin <= j && j < doc.live_end && (!doc.live || doc.live[j]);
 }
 
+template <int TILE>
 inline bool tile_is_live(const Document& doc, int64_t j0) {
   if (!doc.live) return true;
-  const int64_t end = least(j0 + kTile, doc.n_k);
+  const int64_t end = least(j0 + TILE, doc.n_k);
   for (int64_t j = j0; j < end; ++j)
     if (!doc.live[j]) return false;
   return true;
 }
 
 // scores[key j0 + r][lane] = -inf where the lane's query does not see the key.
-inline void mask_tile(float* scores, const TileIntervals& see, const Document& doc, int64_t j0) {
+template <int TILE>
+inline void mask_tile(float* scores, const TileIntervals<TILE>& see, const Document& doc, int64_t j0) {
   // keys relative to the tile: small whole numbers, exact in float, so one compare serves every level
-  float lo[kTile], hi[kTile], lo2[kTile], hi2[kTile];
-  const auto relative = [j0](int64_t j) { return static_cast<float>(least(most(j - j0, -1), kTile + 1)); };
+  float lo[TILE], hi[TILE], lo2[TILE], hi2[TILE];
+  const auto relative = [j0](int64_t j) { return static_cast<float>(least(most(j - j0, -1), TILE + 1)); };
   const bool has_second = see.lo2_min < see.hi2_max;
-  for (int i = 0; i < kTile; ++i) {
+  for (int i = 0; i < TILE; ++i) {
     lo[i] = relative(see.lane[i].lo);
     hi[i] = relative(see.lane[i].hi);
     lo2[i] = relative(see.lane[i].lo2);
     hi2[i] = relative(see.lane[i].hi2);
   }
   const vf hidden = set1(-__builtin_inff());
-  for (int r = 0; r < kTile; ++r) {
+  for (int r = 0; r < TILE; ++r) {
     const int64_t j = j0 + r;
-    float* row = scores + r * kTile;
+    float* row = scores + r * TILE;
     if (!key_is_live(doc, j)) {
-      for (int n = 0; n < kTile; n += W) store(row + n, hidden);
+      for (int n = 0; n < TILE; n += W) store(row + n, hidden);
       continue;
     }
     const vf key = set1(static_cast<float>(r));
-    for (int n = 0; n < kTile; n += W) {
+    for (int n = 0; n < TILE; n += W) {
       vm sees = both(le(load(lo + n), key), lt(key, load(hi + n)));
       if (has_second) sees = either(sees, both(le(load(lo2 + n), key), lt(key, load(hi2 + n))));
       store(row + n, select(sees, load(row + n), hidden));

@@ -8,6 +8,7 @@ namespace tw {
 #if defined(TW_BUILT_X86_LEVELS)
 #define TW_AT_BEST_LEVEL(call)                            \
   switch (best_isa()) {                                   \
+    case Isa::amx: return amx::call;                      \
     case Isa::avx512_bf16: return avx512_bf16::call;      \
     case Isa::avx512: return avx512::call;                \
     case Isa::avx2: return avx2::call;                    \

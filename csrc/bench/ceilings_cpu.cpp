@@ -1,7 +1,6 @@
 #include "bench/ceilings.h"
-
+#include "common/matrix_unit.h"
 #include "common/parallel.h"
-#include "common/vec.h"
 
 namespace tw::TW_ISA {
 
@@ -41,21 +40,28 @@ float sum_streams(const float* data, int64_t n) {
 template <class T>
 double dot_of_two([[maybe_unused]] int64_t rounds, [[maybe_unused]] int threads) {
   if constexpr (kHasBf16Dot) {
-    T ones[2 * W], smalls[2 * W];
-    for (int i = 0; i < 2 * W; ++i) {
+    constexpr int kElements = 2 * W;
+    T ones[kElements], smalls[kElements];
+    for (int i = 0; i < kElements; ++i) {
       ones[i] = from_float<T>(1.0f);
       smalls[i] = from_float<T>(1e-3f);
     }
     run_team(threads, [&](Team) {
-      const auto a = Unit<T>::lanes(ones), b = Unit<T>::lanes(smalls);
-      vf sums[kChains];
-      for (int i = 0; i < kChains; ++i) sums[i] = set1(static_cast<float>(i));
-      run_chains(sums, rounds, [&](vf acc) { return Unit<T>::mac(acc, a, b); });
-      float total = 0.0f;
-      for (const vf s : sums) total += sum(s);
-      sink = total;
+      if constexpr (kHasMatrixUnit) {
+        const MatrixUnit unit_is_ready;
+        sink = unit_rounds<T>(rounds);
+      } else {
+        const auto a = Unit<T>::lanes(ones), b = Unit<T>::lanes(smalls);
+        vf sums[kChains];
+        for (int i = 0; i < kChains; ++i) sums[i] = set1(static_cast<float>(i));
+        run_chains(sums, rounds, [&](vf acc) { return Unit<T>::mac(acc, a, b); });
+        float total = 0.0f;
+        for (const vf s : sums) total += sum(s);
+        sink = total;
+      }
     });
-    return 4.0 * W * kChains * static_cast<double>(rounds) * threads;
+    const double operations = kHasMatrixUnit ? kUnitRoundOperations : 4.0 * W * kChains;
+    return operations * static_cast<double>(rounds) * threads;
   }
   return 0.0;
 }
@@ -78,7 +84,13 @@ double ceiling_fma(int64_t rounds, int threads) {
 double ceiling_bf16_dot(int64_t rounds, int threads) { return dot_of_two<bf16>(rounds, threads); }
 
 double ceiling_int8_dot([[maybe_unused]] int64_t rounds, [[maybe_unused]] int threads) {
-#if defined(TW_ISA_avx512_bf16)
+#if defined(TW_ISA_amx)
+  run_team(threads, [&](Team) {
+    const MatrixUnit unit_is_ready;
+    sink = unit_rounds<int8_t>(rounds);
+  });
+  return 2.0 * kUnitRoundOperations * static_cast<double>(rounds) * threads;
+#elif defined(TW_ISA_avx512_bf16)
   run_team(threads, [&](Team) {
     const vi a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);
     vi sums[kChains];
@@ -102,10 +114,18 @@ double ceiling_read(const float* data, int64_t n, int streams, int threads, bool
     const int64_t begin = n * team.id / team.size, end = n * (team.id + 1) / team.size;
     float part = 0.0f;
     switch (streams) {
-      case 1: part = sum_streams<1>(data + begin, end - begin); break;
-      case 2: part = sum_streams<2>(data + begin, end - begin); break;
-      case 4: part = sum_streams<4>(data + begin, end - begin); break;
-      default: part = sum_streams<8>(data + begin, end - begin); break;
+      case 1:
+        part = sum_streams<1>(data + begin, end - begin);
+        break;
+      case 2:
+        part = sum_streams<2>(data + begin, end - begin);
+        break;
+      case 4:
+        part = sum_streams<4>(data + begin, end - begin);
+        break;
+      default:
+        part = sum_streams<8>(data + begin, end - begin);
+        break;
     }
 #pragma omp atomic
     total += part;

@@ -5,15 +5,15 @@
 // A is row-major and is broadcast element by element (pair by pair in bf16), B is packed as lanes:
 //   float  B[k][n]                      row-major
 //   bf16   B[k / 2][n][2]               rows 2 k and 2 k + 1 interleaved
-// so one microkernel serves every product of an attention tile, forward and backward.
+// so one microkernel serves every product of an attention tile, forward and backward. With a matrix unit the
+// products of bf16 are its own.
 #pragma once
 
+#include "common/matrix_unit.h"
 #include "common/vec.h"
 
 namespace tw {
 namespace {
-
-constexpr int kMicroRows = 4;
 
 enum class Start { zero, add_to, rescale };  // C = AB,  C += AB,  C = C * lane_scale[n] + AB
 
@@ -22,7 +22,7 @@ enum class Start { zero, add_to, rescale };  // C = AB,  C += AB,  C = C * lane_
 // product would be rounded to C's last place.
 template <class C, int ROWS, int VECTORS, Start START>
 inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c, int64_t ldc,
-                       const float* lane_scale, float out_scale) {
+                       const float* lane_scale) {
   using U = Unit<C>;
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -46,7 +46,7 @@ inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t l
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       float* at = c + r * ldc + v * W;
-      if constexpr (START == Start::zero) store(at, mul(acc[r][v], set1(out_scale)));
+      if constexpr (START == Start::zero) store(at, acc[r][v]);
       if constexpr (START == Start::add_to) store(at, add(load(at), acc[r][v]));
       if constexpr (START == Start::rescale) store(at, fma(load(at), load(lane_scale + v * W), acc[r][v]));
     }
@@ -54,29 +54,58 @@ inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t l
 
 template <class C, int VECTORS, Start START>
 inline void gemm_strip(int rows, int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
-                       int64_t ldc, const float* lane_scale, float out_scale) {
-  for (int r = 0; r < rows; r += kMicroRows)
-    micro_gemm<C, kMicroRows, VECTORS, START>(depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, lane_scale,
-                                              out_scale);
+                       int64_t ldc, const float* lane_scale) {
+  constexpr int kRows = Unit<C>::kRowStep;
+  for (int r = 0; r < rows; r += kRows)
+    micro_gemm<C, kRows, VECTORS, START>(depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, lane_scale);
 }
 
-// rows: a multiple of kMicroRows; lanes: a multiple of W, at most ldb and ldc; depth in units of C.
-// lane_scale belongs to Start::rescale, out_scale to Start::zero.
+// By the matrix unit, in blocks of 2 x 2 tiles, fewer at the edges. Its sums continue an old C: bf16 results
+// are rounded so much more coarsely than float sums that a second pass over C would buy nothing.
+template <class C, Start START>
+inline void unit_gemm(int rows, int lanes, int depth, const C* a, int64_t lda, const C* b, int64_t ldb,
+                      float* c, int64_t ldc, const float* lane_scale) {
+  constexpr bool kAdds = START != Start::zero;
+  if constexpr (START == Start::rescale)
+    for (int r = 0; r < rows; ++r)
+      for (int n = 0; n < lanes; n += W)
+        store(c + r * ldc + n, mul(load(c + r * ldc + n), load(lane_scale + n)));
+  for (int n = 0; n < lanes; n += 2 * kUnitTile)
+    for (int r = 0; r < rows; r += 2 * kUnitTile) {
+      const C *a_block = a + r * lda, *b_block = b + n * Unit<C>::kDepth;
+      float* c_block = c + r * ldc + n;
+      const bool two_rows = rows - r > kUnitTile, two_lanes = lanes - n > kUnitTile;
+      if (two_rows && two_lanes)
+        unit_product<2, 2, kAdds>(depth, a_block, lda, b_block, ldb, c_block, ldc);
+      else if (two_rows)
+        unit_product<2, 1, kAdds>(depth, a_block, lda, b_block, ldb, c_block, ldc);
+      else if (two_lanes)
+        unit_product<1, 2, kAdds>(depth, a_block, lda, b_block, ldb, c_block, ldc);
+      else
+        unit_product<1, 1, kAdds>(depth, a_block, lda, b_block, ldb, c_block, ldc);
+    }
+}
+
+// rows and depth: multiples of what Unit<C> says; lanes: a multiple of W, at most ldb and ldc; depth in units
+// of C. lane_scale belongs to Start::rescale.
 template <class C, Start START>
 inline void gemm(int rows, int lanes, int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
-                 int64_t ldc, const float* lane_scale = nullptr, float out_scale = 1.0f) {
-  constexpr int kStep = kMicroVectors * W;
-  int n = 0;
-  for (; n + kStep <= lanes; n += kStep)
-    gemm_strip<C, kMicroVectors, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc,
-                                        lane_scale + n, out_scale);
-  if constexpr (kMicroVectors > 2)
-    for (; n + 2 * W <= lanes; n += 2 * W)
-      gemm_strip<C, 2, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc, lane_scale + n,
-                              out_scale);
-  for (; n < lanes; n += W)
-    gemm_strip<C, 1, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc, lane_scale + n,
-                            out_scale);
+                 int64_t ldc, const float* lane_scale = nullptr) {
+  if constexpr (kHasMatrixUnit && Unit<C>::kDepth == 2) {
+    unit_gemm<C, START>(rows, lanes, depth, a, lda, b, ldb, c, ldc, lane_scale);
+  } else {
+    constexpr int kStep = kMicroVectors * W;
+    int n = 0;
+    for (; n + kStep <= lanes; n += kStep)
+      gemm_strip<C, kMicroVectors, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc,
+                                          lane_scale + n);
+    if constexpr (kMicroVectors > 2)
+      for (; n + 2 * W <= lanes; n += 2 * W)
+        gemm_strip<C, 2, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc,
+                                lane_scale + n);
+    for (; n < lanes; n += W)
+      gemm_strip<C, 1, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc, lane_scale + n);
+  }
 }
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

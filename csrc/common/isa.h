@@ -4,9 +4,9 @@
 namespace tw {
 
 // Ordered: a machine that runs one level runs all below it.
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
-constexpr int kIsaCount = 4;
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 
@@ -16,7 +16,7 @@ Isa best_isa();
 // Whether this build holds the kernels of a level (non-x86 builds hold `portable` alone).
 bool isa_is_built(Isa isa);
 
-// The level in use: best_isa() until set_isa() is called.
+// The level in use until set_isa() is called: the fastest, which is best_isa() with one exception.
 Isa current_isa();
 
 // Take another level from now on. Returns false, and changes nothing, if it is above best_isa().

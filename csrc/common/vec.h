@@ -1,4 +1,5 @@
-// One vector vocabulary for four CPU levels. The only file with #if on an instruction set.
+// One vector vocabulary for all CPU levels. The only file, beside matrix_unit.h, with #if on an instruction
+// set. The level amx defines TW_ISA_avx512_bf16 as well: it has everything of that level.
 //
 // Everything is in an unnamed namespace: each level's object files get private copies, so the linker can
 // never hand an AVX-512 copy of an inline function to the portable level.
@@ -102,13 +103,17 @@ inline vm lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline vm le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 inline vm both(vm a, vm b) { return a & b; }
 inline vm either(vm a, vm b) { return a | b; }
+inline bool any(vm m) { return m != 0; }
 inline vf select(vm m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 
 inline vf round_nearest(vf a) { return _mm512_roundscale_ps(a, 0); }
-// x * 2^n for whole n, down to exact zero
-inline vf scale_by_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
-constexpr float kLeastExponent = -200.0f;
+// x * 2^n for x in [0.5, 2] and whole n; exact zero for n < -125, -inf included: masked and not left to
+// scalef, which takes over a hundred clocks on Intel where its result is not a normal number
+inline vf scale_by_power(vf x, vf n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-125.0f), _CMP_NLT_UQ), x, n);
+}
+inline vf above_least_exponent(vf x) { return x; }
 
 inline vf load(const bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -222,6 +227,7 @@ inline vm lt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline vm le(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 inline vm both(vm a, vm b) { return _mm256_and_ps(a, b); }
 inline vm either(vm a, vm b) { return _mm256_or_ps(a, b); }
+inline bool any(vm m) { return _mm256_movemask_ps(m) != 0; }
 inline vf select(vm m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
 inline float sum(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -230,12 +236,12 @@ inline float sum(vf a) {
 }
 
 inline vf round_nearest(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// x * 2^n for whole n in [-127, 127]; n = -127 gives zero
+// x * 2^n for x in [0.5, 2] and whole n in [-127, 127]; n = -127 gives zero
 inline vf scale_by_power(vf x, vf n) {
   const vi exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
-constexpr float kLeastExponent = -127.0f;
+inline vf above_least_exponent(vf x) { return max(set1(-127.0f), x); }
 
 inline vf widen_bf16(__m128i raw) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
@@ -343,6 +349,7 @@ inline vm lt(vf a, vf b) { return a < b; }
 inline vm le(vf a, vf b) { return a <= b; }
 inline vm both(vm a, vm b) { return a & b; }
 inline vm either(vm a, vm b) { return a | b; }
+inline bool any(vm m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 inline vf select(vm m, vf yes, vf no) { return bits_as<vf>((m & bits_as<vi>(yes)) | (~m & bits_as<vi>(no))); }
 inline vf max(vf a, vf b) { return select(a > b, a, b); }
 inline vf min(vf a, vf b) { return select(a < b, a, b); }
@@ -356,7 +363,7 @@ inline vf round_nearest(vf a) {  // |a| < 2^22; adding 1.5 * 2^23 leaves no bits
   return (a + magic) - magic;
 }
 inline vf scale_by_power(vf x, vf n) { return x * bits_as<vf>((__builtin_convertvector(n, vi) + 127) << 23); }
-constexpr float kLeastExponent = -127.0f;
+inline vf above_least_exponent(vf x) { return max(set1(-127.0f), x); }
 inline void transpose(vf (&r)[4]) {
   const vf a = r[0], b = r[1], c = r[2], d = r[3];
   for (int i = 0; i < 4; ++i) r[i] = vf{a[i], b[i], c[i], d[i]};
@@ -365,15 +372,25 @@ inline vf sum_each(const vf (&r)[4]) { return vf{sum(r[0]), sum(r[1]), sum(r[2])
 
 #endif
 
+// Whether products of bf16 are those of matrix_unit.h.
+#if defined(TW_ISA_amx)
+constexpr bool kHasMatrixUnit = true;
+#else
+constexpr bool kHasMatrixUnit = false;
+#endif
+
 // The unit of a matrix product: `kDepth` consecutive inner elements are multiplied and added at once.
 //   float  one fma         lane n of b holds B[k][n]
 //   bf16   one dot of two  lane n of b holds the pair B[2 k][n], B[2 k + 1][n]
+// A product has a multiple of kRowStep rows and of kDepthStep units of depth.
 // Levels without a bf16 dot product compute bf16 input in float.
 template <class C>
 struct Unit;
 template <>
 struct Unit<float> {
   static constexpr int kDepth = 1;
+  static constexpr int kRowStep = 4;
+  static constexpr int kDepthStep = 1;
   static constexpr int kExpTerms = 6;
   static inline vf lanes(const float* p) { return load(p); }
   static inline vf broadcast(const float* p) { return set1(*p); }
@@ -395,6 +412,8 @@ struct ComputeType<bf16> {
 template <>
 struct Unit<bf16> {
   static constexpr int kDepth = 2;
+  static constexpr int kRowStep = kHasMatrixUnit ? 16 : 4;
+  static constexpr int kDepthStep = kHasMatrixUnit ? 16 : 1;
   static constexpr int kExpTerms = 5;  // the weights are rounded to bf16 right after
   static inline __m512bh lanes(const bf16* p) { return bits_as<__m512bh>(_mm512_loadu_si512(p)); }
   static inline __m512bh broadcast(const bf16* p) {
@@ -456,11 +475,11 @@ constexpr int wide_place<bf16>(int i) {
 }
 #endif
 
-// 2^x, for x <= 0 or so: relative error 2e-9 before rounding with TERMS = 6, 1e-7 with 5; exactly 0 below the
-// least normal exponent, -inf included; NaN stays NaN.
+// 2^x, for x <= 0 or so: relative error 2e-9 before rounding with TERMS = 6, 1e-7 with 5; exactly 0 from
+// the least normal exponent or one above it down, -inf included; NaN stays NaN.
 template <int TERMS>
 inline vf exp2_of(vf x) {
-  x = max(set1(kLeastExponent), x);
+  x = above_least_exponent(x);
   const vf n = round_nearest(x);
   const vf f = sub(x, n);  // [-0.5, 0.5]
   vf p;                    // minimax fit of 2^f with constant term 1
