@@ -224,9 +224,10 @@ def variants(case: dict, mode: str, inputs: dict, device: str) -> dict[str, Call
     if case.get("G"):
         runs[f"{OURS}, dense"] = _ours({**case, "G": 0}, device)
     wrap = _with_backward if mode == "fwd+bwd" else _forward
-    functions: dict[str, Callable | str] = {n: wrap(run, inputs) for n, run in runs.items()}
+    eager = {name: wrap(run, inputs) for name, run in runs.items()}
+    functions: dict[str, Callable | str] = {**eager}
     if "S" in case and device == "cuda":  # a step of a few microseconds: also without launching
-        for name, function in list(functions.items()):
+        for name, function in eager.items():
             try:
                 functions[f"{name}, graph"] = _replayed(function)
             except Exception as error:  # a baseline that cannot be captured is a row of the table

@@ -255,7 +255,7 @@ def _with_extra_keys(out, lse, q, extra_kv, p, cu_seqlens, impl):
         dropout_p=p.dropout_p,
         dropout_seed=None if p.dropout_seed is None else p.dropout_seed ^ 1,
     )  # fmt: skip
-    out_extra, lse_extra = op.call_flash_attention(q, *extra, plain, impl)
+    out_extra, lse_extra = op.call_flash_attention(q, extra[0], extra[1], plain, impl)
     return _merge(out, lse, out_extra, lse_extra)
 
 

@@ -128,6 +128,7 @@ def decode(q, k, v, p: Problem, num_splits: int):
     out, lse = _outputs(q, v, p)
     held = _Held(p)
     table = None if p.page_table is None else p.page_table.contiguous()
+    assert p.key_starts is not None and p.key_lengths is not None  # every decode has them
     starts, lengths = p.key_starts.contiguous(), p.key_lengths.contiguous()
     pages_per_row = 1 if table is None else table.shape[1]
     native().attention_decode(

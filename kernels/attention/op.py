@@ -103,7 +103,7 @@ def _check_lengths(p: Problem) -> None:
     if not p.wraparound:
         return
     documents = [(p.n_queries, p.n_keys, p.n_keys)]  # queries, keys, keys from first to last live
-    if p.cu_seqlens_q is not None:
+    if p.cu_seqlens_q is not None and p.cu_seqlens_k is not None:  # both or none
         lengths = zip(p.cu_seqlens_q.diff().tolist(), p.cu_seqlens_k.diff().tolist(), strict=True)
         documents = [(n_q, n_k, n_k) for n_q, n_k in lengths]
     elif p.key_mask is not None:
@@ -129,10 +129,10 @@ class _ReferenceImplementation:
     @staticmethod
     def backward(dout, dlse, q, k, v, out, lse, p, needs_dq, needs_dkv):
         with torch.enable_grad():
-            leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
-            out, lse = reference.flash_attention(*leaves, p)
+            q64, k64, v64 = (t.detach().double().requires_grad_() for t in (q, k, v))
+            out, lse = reference.flash_attention(q64, k64, v64, p)
             upstream = [dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()]
-            grads = torch.autograd.grad([out, lse], leaves, upstream)
+            grads = torch.autograd.grad([out, lse], [q64, k64, v64], upstream)
         needed = (needs_dq, needs_dkv, needs_dkv)
         return tuple(
             g.to(q.dtype).contiguous() if needs else q.new_empty(0)

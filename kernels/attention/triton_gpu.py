@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilewright import settings
@@ -50,7 +51,7 @@ def why_not(p: Problem) -> str | None:
 class Launch:
     """A kernel with everything it is started with; tests compile it without starting it."""
 
-    kernel: object
+    kernel: KernelInterface
     programs: int
     arguments: dict
     num_warps: int = 4
@@ -127,7 +128,9 @@ def _terms_source(terms: torch.Tensor, p: Problem, queries: int, by_descriptor: 
 
 
 def _live_range(p: Problem) -> list[Launch]:
-    """The launch that fills `live` (B, 3) from key_mask."""
+    """The launch that fills `live` (B, 3) from key_mask, if there is one."""
+    if p.key_mask is None:
+        return []
     mask = p.key_mask.view(torch.uint8)
     live = torch.empty(p.batch, 3, dtype=torch.int32, device=mask.device)
     arguments = {
@@ -155,11 +158,12 @@ def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
         right = 0
     n_documents = 0 if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
     mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
+    seed = p.dropout_seed if p.dropout_p else None
     group = min(p.group_size, _UNLIMITED)
     return {
         "cu_q_ptr": p.cu_seqlens_q, "cu_k_ptr": p.cu_seqlens_k,
         "live_ptr": live, "key_mask_ptr": mask,
-        "seed_ptr": p.dropout_seed.to(device) if p.dropout_p else None,
+        "seed_ptr": None if seed is None else seed.to(device),
         "mask_stride_b": 0 if mask is None else mask.stride(0),
         "mask_stride_t": 0 if mask is None else mask.stride(1),
         "n_queries": p.n_queries, "n_keys": p.n_keys, "n_heads": p.n_heads,
@@ -179,7 +183,7 @@ def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
 
 def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
     """The launches of one forward pass, in order."""
-    launches = _live_range(p) if p.key_mask is not None else []
+    launches = _live_range(p)
     live = launches[0].arguments["live_ptr"] if launches else None
     rule = _rule(p, q.device, live)
     width = max(rule["BLOCK_D"], rule["BLOCK_DV"])
@@ -219,7 +223,7 @@ def backward_launches(
     dout, dlse, q, k, v, out, lse, dq, dk, dv, p: Problem, capability
 ) -> list[Launch]:
     """The launches of one backward pass, in order; dq or both of dk and dv may be None."""
-    launches = _live_range(p) if p.key_mask is not None else []
+    launches = _live_range(p)
     live = launches[0].arguments["live_ptr"] if launches else None
     rule = _rule(p, q.device, live)
     n_rows = p.batch * p.n_heads
