@@ -29,24 +29,28 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
-    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length = old.shape[-2] if old.numel() else 0
+    def _append(self, name: str, old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        if old is None or not old.numel():
+            old = new[:, :, :0]
+        length = old.shape[-2]
         total = length + new.shape[-2]
         buffer = self.buffers.get(name)
-        is_view = (
-            buffer is not None
-            and length > 0
-            and old.data_ptr() == buffer.data_ptr()
-            and old.shape[:2] == buffer.shape[:2]
-        )
-        if not is_view or total > buffer.shape[-2]:
+        if buffer is None or total > buffer.shape[-2] or not _begins(buffer, old):
             batch, heads, _, width = new.shape
             buffer = new.new_empty(batch, heads, max(self.ROOM, 2 * total), width)
-            if length:
-                buffer[:, :, :length] = old
+            buffer[:, :, :length] = old
             self.buffers[name] = buffer
         buffer[:, :, length:total] = new
         return buffer[:, :, :total]
+
+
+def _begins(buffer: torch.Tensor, old: torch.Tensor) -> bool:
+    """Whether `old` is a view of the buffer's first tokens."""
+    return (
+        old.numel() > 0
+        and old.data_ptr() == buffer.data_ptr()
+        and old.shape[:2] == buffer.shape[:2]
+    )
 
 
 def new_cache(config) -> DynamicCache:

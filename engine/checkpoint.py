@@ -10,6 +10,7 @@ OUT/*                   the finished model, a plain transformers or PEFT folder
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class RunFolder:
     overwrite  remove an earlier run's log and checkpoints from it, and replace its model at the end
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False):
+    def __init__(self, path: str | os.PathLike, *, resume: bool = False, overwrite: bool = False):
         self.path = Path(path)
         if resume and overwrite:
             raise InputError("resume and overwrite exclude each other: pass one of them")
@@ -197,7 +198,8 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> None:
     for shard in sorted(checkpoint.glob("model*.safetensors")):
         pretrained.check_safetensors(shard)
     with pretrained.quiet_transformers():
-        saved = type(model).from_pretrained(checkpoint, dtype=next(model.parameters()).dtype)
+        from_pretrained = pretrained.method_of(type(model), "from_pretrained")
+        saved = from_pretrained(checkpoint, dtype=next(model.parameters()).dtype)
     with torch.no_grad():
         for (name, to), (_, value) in zip(
             model.named_parameters(), saved.named_parameters(), strict=True

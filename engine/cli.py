@@ -14,9 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from tilewright.files import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DONE, BAD_INPUT, UNFORESEEN, INTERRUPTED = 0, 2, 1, 130
 
@@ -91,7 +94,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def option_help(dataclass_type: type) -> dict[str, str]:
+def option_help(dataclass_type: type[DataclassInstance]) -> dict[str, str]:
     """Each field's text in the dataclass's docstring: `name   text`, and what is indented below."""
     found: dict[str, str] = {}
     name = None
@@ -107,7 +110,9 @@ def option_help(dataclass_type: type) -> dict[str, str]:
     return {name: text.replace("%", "%%") for name, text in found.items()}
 
 
-def _add_options(command: argparse.ArgumentParser, dataclass_type: type, skip=()) -> None:
+def _add_options(
+    command: argparse.ArgumentParser, dataclass_type: type[DataclassInstance], skip=()
+) -> None:
     """An option for each field; one that is not given is not in the namespace."""
     # python -OO leaves no docstrings, and so no texts
     texts = dict.fromkeys(dataclass_type.__dataclass_fields__, "") | option_help(dataclass_type)
@@ -131,7 +136,7 @@ def _add_options(command: argparse.ArgumentParser, dataclass_type: type, skip=()
         )  # fmt: skip
 
 
-def _given(args: argparse.Namespace, dataclass_type: type) -> dict:
+def _given(args: argparse.Namespace, dataclass_type: type[DataclassInstance]) -> dict:
     return {
         name: value
         for name, value in vars(args).items()

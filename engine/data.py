@@ -5,9 +5,11 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +20,22 @@ IGNORED = -100  # label of a position that no loss is taken from; transformers' 
 END, PAD = "<|end|>", "<|pad|>"
 
 
-def read_documents(path: str | Path) -> list[str]:
+class TokenizerLike(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+    @property
+    def pad_token_id(self) -> int | None: ...
+    def __len__(self) -> int: ...
+    def __call__(self, text: str, /, **options: Any) -> Mapping[str, Any]: ...
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = ..., **options: Any
+    ) -> str | list[str]: ...
+    def save_pretrained(self, folder: Path, /) -> object: ...
+
+
+def read_documents(path: str | os.PathLike) -> list[str]:
     """The documents of a text file, a .jsonl file, or every file below a folder, in name order.
 
     A text file is one document; each line of a .jsonl file is an object whose "text" is one.
@@ -68,7 +85,7 @@ def _read_file(path: Path) -> Iterator[str]:
         yield record["text"]
 
 
-def byte_tokenizer(context: int | None = None):
+def byte_tokenizer(context: int | None = None) -> TokenizerLike:
     """A tokenizer whose token b is the byte b; 256 ends a document, 257 fills rows.
 
     It is a byte-level BPE without merges, so that plain transformers loads what is saved of it.
@@ -87,7 +104,9 @@ def byte_tokenizer(context: int | None = None):
     return _for_transformers(tokenizer, context)
 
 
-def train_tokenizer(documents: Sequence[str], vocab_size: int, context: int | None = None):
+def train_tokenizer(
+    documents: Sequence[str], vocab_size: int, context: int | None = None
+) -> TokenizerLike:
     """A byte-level BPE of `vocab_size` tokens, trained on the documents, always the same."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -102,7 +121,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, context: int | No
     return _for_transformers(tokenizer, context)
 
 
-def _for_transformers(tokenizer, context: int | None):
+def _for_transformers(tokenizer, context: int | None) -> TokenizerLike:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.add_special_tokens([END, PAD])
@@ -113,7 +132,7 @@ def _for_transformers(tokenizer, context: int | None):
     )  # fmt: skip
 
 
-def encode(tokenizer, documents: Sequence[str]) -> list[np.ndarray]:
+def encode(tokenizer: TokenizerLike, documents: Sequence[str]) -> list[np.ndarray]:
     """Each document's tokens, (length,) int64, as the tokenizer makes them, and an end token."""
     end = tokenizer.eos_token_id
     encoded = []
@@ -203,21 +222,23 @@ def pack(documents: Sequence[np.ndarray | Sequence[int]], length: int, pad: int)
                 bisect.insort(rooms, room - size)
             rows_with_room[room - size].append(row)
 
-    width = max(sum(map(len, row)) for row in rows)
+    width = max(sum(map(len, filled)) for filled in rows)
     input_ids = np.full((len(rows), width), pad, dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    for n, row in enumerate(rows):
+    for n, filled in enumerate(rows):
         start = 0
-        for piece in row:
+        for piece in filled:
             end = start + len(piece)
             input_ids[n, start:end] = piece
             position_ids[n, start:end] = np.arange(len(piece))
             labels[n, start + 1 : end] = piece[1:]
             start = end
         position_ids[n, start:] = np.arange(width - start)
-    tensors = (torch.from_numpy(a) for a in (input_ids, position_ids, labels))
-    return PackedRows(*tensors, n_pieces=len(pieces))
+    return PackedRows(
+        torch.from_numpy(input_ids), torch.from_numpy(position_ids), torch.from_numpy(labels),
+        n_pieces=len(pieces),
+    )  # fmt: skip
 
 
 def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:

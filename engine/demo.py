@@ -138,15 +138,16 @@ def collect_text(train_bytes: int, held_out_bytes: int) -> tuple[list[str], list
 def _prepare(out: Path, sizes: Sizes, seconds: float, seed: int) -> tuple[Demo, dict]:
     train, held_out, folder = collect_text(sizes.text_bytes, sizes.held_out_bytes)
     tokenizer = train_tokenizer(train, sizes.vocab_size, sizes.context)
-    documents = [encode(tokenizer, part) for part in (train, held_out)]
+    train_documents, held_out_documents = (encode(tokenizer, part) for part in (train, held_out))
     text = {
         "folder": folder, "train_files": len(train), "held_out_files": len(held_out),
-        "train_tokens": sum(map(len, documents[0])),
-        "held_out_tokens": sum(map(len, documents[1])),
+        "train_tokens": sum(map(len, train_documents)),
+        "held_out_tokens": sum(map(len, held_out_documents)),
         "sha256": hashlib.sha256("\0".join(train + held_out).encode()).hexdigest()[:16],
     }  # fmt: skip
     _say(f"text: {len(train)} training files, {text['train_tokens']} tokens, from {folder}")
-    return Demo(out, sizes, seconds, seed, {}, *documents, tokenizer), text
+    demo = Demo(out, sizes, seconds, seed, {}, train_documents, held_out_documents, tokenizer)
+    return demo, text
 
 
 def _revision() -> str:

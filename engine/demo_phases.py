@@ -13,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tilewright import adapt, memory, pretrained
 from tilewright.config import TrainOptions
-from tilewright.data import PackedRows, RowOrder, pack
+from tilewright.data import PackedRows, RowOrder, TokenizerLike, pack
 from tilewright.files import InputError
 from tilewright.generate import generate
 from tilewright.progress import Progress
@@ -81,7 +82,7 @@ class Demo:
     results: dict[str, dict]
     train_documents: list
     held_out_documents: list
-    tokenizer: object
+    tokenizer: TokenizerLike
 
     @property
     def long_context(self) -> int:
@@ -115,7 +116,7 @@ def _rows(demo: Demo, documents: list, length: int, only_long: bool = False) -> 
         documents = [d for d in documents if len(d) == length]
         if not documents:
             raise InputError(f"the text has no file of {length} tokens; this is a bug of the demo")
-    return pack(documents, length, demo.tokenizer.pad_token_id)
+    return pack(documents, length, demo.tokenizer.pad_token_id or 0)
 
 
 def _first(rows: PackedRows, n: int) -> PackedRows:
@@ -146,7 +147,7 @@ def _measure(demo: Demo) -> dict:
     peaks: dict[str, int | None] = {}
     for side, trainer in trainers.items():
         gc.collect()
-        peaks[side] = memory.peak_bytes(lambda t=trainer: t.step(9, batch))
+        peaks[side] = memory.peak_bytes(partial(trainer.step, 9, batch))
     return {
         "dtype": dtype, "stock_step_ms": stock_ms, "step_ms": step_ms, "peak_bytes": peaks,
         "gradient_error": _gradient_errors(demo, dtype, batch[0]),
@@ -282,7 +283,7 @@ def _extend(demo: Demo) -> dict:
     peaks = {}
     for side, probe in probes.items():
         gc.collect()
-        peaks[side] = memory.peak_bytes(lambda t=probe: t.step(9, batch))
+        peaks[side] = memory.peak_bytes(partial(probe.step, 9, batch))
         models[side].load_state_dict(saved[side])
     del probes, saved
     both_s = (before_ms["stock"] + before_ms["tilewright"]) / 1e3
@@ -315,8 +316,11 @@ def _perplexity(model, rows: PackedRows, demo: Demo) -> float:
 
 def _generate(demo: Demo) -> dict:
     """Continue held-out texts with the extended model, by both sides in turn."""
+    from transformers import LlamaForCausalLM
+
     s = demo.sizes
     model = pretrained.load(demo.out / EXTENDED, needs_weights=True).model.eval()
+    assert isinstance(model, LlamaForCausalLM)  # _extend wrote it
     documents = [d for d in demo.held_out_documents if len(d) >= s.prompt_tokens][: s.prompts]
     prompts = [d[: s.prompt_tokens].tolist() for d in documents]
     # no end token, so that both produce the same number of tokens
@@ -325,7 +329,7 @@ def _generate(demo: Demo) -> dict:
 
     def stock() -> list[list[int]]:
         with torch.no_grad(), pretrained.quiet_transformers():
-            out = model.generate(
+            out = pretrained.method_of(model, "generate")(
                 input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
                 max_new_tokens=s.new_tokens,
             )  # fmt: skip

@@ -116,7 +116,10 @@ def write_png(path: Path, report: dict) -> bool:
     train, extend, made = phases["train"], phases["extend"], phases["generate"]
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8))
     curves, long_curves, bars, quality = axes.flat
-    styles = {"stock": {"color": "tab:gray", "linewidth": 3}, "tilewright": {"color": "tab:red"}}
+    styles: dict[str, dict] = {
+        "stock": {"color": "tab:gray", "linewidth": 3},
+        "tilewright": {"color": "tab:red"},
+    }
     for axis, phase, title in (
         (curves, train, f"training from scratch, {train['context']} tokens"),
         (long_curves, extend, f"LoRA at {extend['context']} tokens"),
@@ -143,8 +146,8 @@ def write_png(path: Path, report: dict) -> bool:
     bars.set(title="speed, stock = 1", ylabel="times as fast as stock")
     bars.margins(y=0.12)
 
-    names = [name.replace(", ", ",\n") for name in extend["perplexity"]]
-    drawn = quality.barh(names, list(extend["perplexity"].values()), color="tab:blue")
+    lines = [name.replace(", ", ",\n") for name in extend["perplexity"]]
+    drawn = quality.barh(lines, list(extend["perplexity"].values()), color="tab:blue")
     quality.bar_label(drawn, fmt="%.1f", padding=3)
     quality.invert_yaxis()
     quality.margins(x=0.15)

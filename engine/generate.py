@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, overload
 
 import torch
 from torch import nn
 
+from tilewright.data import TokenizerLike
 from tilewright.files import InputError
+from tilewright.pretrained import base_of, config_of
 from tilewright.sampling import Sampler, Sampling
 
 BROKEN = "�"  # what a tokenizer writes for bytes that are not whole characters (yet)
@@ -45,12 +48,28 @@ class Piece:
     reason: str | None = None
 
 
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+Samplings = Sampling | Sequence[Sampling] | None
+
+
+@overload
+def generate(
+    model: nn.Module, prompts: Prompts, *, tokenizer: TokenizerLike | None = None,
+    sampling: Samplings = None, seed: int | Sequence[int] = 0, stream: Literal[False] = False,
+    **options,
+) -> list[Generation]: ...  # fmt: skip
+@overload
+def generate(
+    model: nn.Module, prompts: Prompts, *, tokenizer: TokenizerLike | None = None,
+    sampling: Samplings = None, seed: int | Sequence[int] = 0, stream: Literal[True],
+    **options,
+) -> Iterator[Piece]: ...  # fmt: skip
 def generate(
     model: nn.Module,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    tokenizer=None,
-    sampling: Sampling | Sequence[Sampling] | None = None,
+    tokenizer: TokenizerLike | None = None,
+    sampling: Samplings = None,
     seed: int | Sequence[int] = 0,
     stream: bool = False,
     **options,
@@ -124,7 +143,7 @@ def _prompt_ids(index: int, prompt, tokenizer) -> list[int]:
 
 
 def _check_context(model: nn.Module, requests: list[_Request]) -> None:
-    config = model.config.get_text_config()
+    config = config_of(model).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     for request in requests:
         n = len(request.prompt)
@@ -227,7 +246,7 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
             n = len(request.prompt)
             input_ids[row, longest - n :] = torch.tensor(request.prompt, device=device)
             mask[row, longest - n :] = 1
-        vocab_size = model.config.get_text_config().vocab_size
+        vocab_size = config_of(model).get_text_config().vocab_size
         sampler = Sampler([r.rule for r in live], [r.prompt for r in live], vocab_size, device)
         cache = new_cache(model.config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -255,9 +274,8 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
 @torch.no_grad()
 def _forward(model: nn.Module, input_ids, mask, position_ids, cache) -> torch.Tensor:
     """Logits of the last position, (B, V)."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
     last_only = {}
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
         last_only = {"logits_to_keep": 1}
     return model(
         input_ids=input_ids,

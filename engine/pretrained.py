@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from tilewright.data import byte_tokenizer
+from tilewright.data import TokenizerLike, byte_tokenizer
 from tilewright.files import InputError, check_safetensors, read_json, replacing_files
 
 # a model of about 3.4 million parameters for trying things out; the vocabulary is the tokenizer's
@@ -37,9 +38,38 @@ class Loaded:
     """
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: TokenizerLike | None
     source: str
     is_new: bool
+
+
+def config_of(model: nn.Module):
+    """The model's configuration. InputError: it has none, so it is not one of transformers."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise InputError(
+            f"model {type(model).__name__} has no config, need a model of transformers or PEFT"
+        )
+    return config
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that PEFT has wrapped, or the model itself."""
+    return method_of(model, "get_base_model")() if hasattr(model, "peft_config") else model
+
+
+def method_of(model: nn.Module | type[nn.Module], name: str) -> Callable:
+    """A method that the models of transformers and PEFT have beyond those of torch.
+
+    InputError: this model has none of that name.
+    """
+    method = getattr(model, name, None)
+    if not callable(method):
+        kind = model if isinstance(model, type) else type(model)
+        raise InputError(
+            f"model {kind.__name__} has no {name}(), need a model of transformers or PEFT"
+        )
+    return method
 
 
 @contextmanager
@@ -201,10 +231,12 @@ def _from_weights(path: Path, config, dtype, trust_remote_code):
 
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            # a pair because of output_loading_info, which the annotation there knows nothing of
+            pair: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
                 output_loading_info=True, trust_remote_code=trust_remote_code,
             )  # fmt: skip
+            model, report = pair
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise InputError(f"model folder {path} cannot be loaded: {first}") from error
@@ -236,8 +268,9 @@ def _load_adapter(path: Path, dtype, trust_remote_code) -> Loaded:
     model = loaded.model
     if (path / "config.json").exists():  # the base with its RoPE stretched
         config = _config(str(path / "config.json"), read_json(path / "config.json"))
-        if _rope(config) != _rope(model.config):
-            _set_rope(model, _rope(config), config.max_position_embeddings)
+        rope = _rope(config)
+        if rope is not None and rope != _rope(model.config):
+            _set_rope(model, rope, config.max_position_embeddings)
     with quiet_transformers():
         model = peft.PeftModel.from_pretrained(model, path)
     return Loaded(model, _tokenizer(path, False) or loaded.tokenizer, str(path), is_new=False)
@@ -264,7 +297,7 @@ def stretch_rope(model_or_config, target: int) -> int:
     Source: Chen et al., Extending Context Window via Positional Interpolation, arXiv 2306.15595.
     """
     is_model = isinstance(model_or_config, nn.Module)
-    config = model_or_config.config if is_model else model_or_config
+    config = config_of(model_or_config) if is_model else model_or_config
     rope, original = _rope(config), _context(config)
     if not rope or "rope_type" not in rope or not original:
         raise InputError(f"rope_target_length: a {config.model_type} model has no plain RoPE")
@@ -285,18 +318,20 @@ def stretch_rope(model_or_config, target: int) -> int:
 
 
 def _set_rope(model: nn.Module, rope: dict, context: int) -> None:
-    model.config.rope_parameters, model.config.max_position_embeddings = dict(rope), context
+    config = config_of(model)
+    config.rope_parameters, config.max_position_embeddings = dict(rope), context
     found = False
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if hasattr(child, "inv_freq") and hasattr(child, "rope_type"):
-                setattr(parent, name, type(child)(model.config).to(child.inv_freq.device))
+            frequencies = getattr(child, "inv_freq", None)
+            if isinstance(frequencies, torch.Tensor) and hasattr(child, "rope_type"):
+                setattr(parent, name, type(child)(config).to(frequencies.device))
                 found = True
     if not found:
         raise InputError(f"rope_target_length: no rotary module found in {type(model).__name__}")
 
 
-def save(model: nn.Module, tokenizer, folder: str | Path) -> None:
+def save(model: nn.Module, tokenizer: TokenizerLike | None, folder: str | Path) -> None:
     """Write what plain transformers (or PEFT, for an adapter) loads: weights, config, tokenizer.
 
     Each file is written beside and renamed, the config last. An adapter also gets its base model's
@@ -306,13 +341,13 @@ def save(model: nn.Module, tokenizer, folder: str | Path) -> None:
         write_folder(model, tokenizer, beside)
 
 
-def write_folder(model: nn.Module, tokenizer, folder: Path) -> None:
+def write_folder(model: nn.Module, tokenizer: TokenizerLike | None, folder: Path) -> None:
     """The same files, straight into a folder that is new."""
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
-        model.save_pretrained(folder)
+        method_of(model, "save_pretrained")(folder)
         if hasattr(model, "peft_config"):
-            model.get_base_model().config.save_pretrained(folder)
+            config_of(base_of(model)).save_pretrained(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

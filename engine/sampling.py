@@ -70,7 +70,7 @@ class Sampler:
         self.rules = rules
         # one generator a request, on the CPU: the same numbers on every device and in any batch
         self.generators = [torch.Generator().manual_seed(rule.seed) for rule in rules]
-        self.seen = None  # (B, V) bool
+        self.seen: torch.Tensor | None = None  # (B, V) bool
         if any(rule.repetition_penalty != 1 for rule in rules):
             self.seen = torch.zeros(len(rules), vocab_size, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
@@ -85,8 +85,7 @@ class Sampler:
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each request, (B,) int64, from logits (B, V)."""
-        if self.seen is not None:
-            logits = self._penalized(logits)
+        logits = self._penalized(logits)
         tokens = logits.argmax(-1)
         drawn = [row for row, rule in enumerate(self.rules) if rule.temperature > 0]
         if drawn:
@@ -108,6 +107,8 @@ class Sampler:
         return tokens
 
     def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.seen is None:
+            return logits
         penalty = logits.new_tensor([rule.repetition_penalty for rule in self.rules])[:, None]
         changed = torch.where(logits < 0, logits * penalty, logits / penalty)
         return torch.where(self.seen, changed, logits)

@@ -8,16 +8,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import overload
 
 import torch
 from torch import nn
 
 from tilewright import checkpoint, pretrained
 from tilewright.config import DTYPES, OPTION_NAMES, TrainOptions, pick_device
-from tilewright.data import IGNORED, PackedRows, RowOrder, encode, pack, read_documents
+from tilewright.data import (
+    IGNORED,
+    PackedRows,
+    RowOrder,
+    TokenizerLike,
+    encode,
+    pack,
+    read_documents,
+)
 from tilewright.files import InputError
 from tilewright.progress import Progress, Silent
 
@@ -81,11 +91,17 @@ class Trainer:
             fused=True,
         )  # fmt: skip
         # the sum over micro-batches is right only if forward divides by the count that it is given
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        base = pretrained.base_of(model)
         parameters = inspect.signature(base.forward).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD or p.name == "num_items_in_batch" for p in parameters):
             raise InputError(f"model {type(base).__name__} does not take num_items_in_batch")
 
+    @overload
+    def step(self, step: int, micro_batches: Sequence[dict]) -> Step: ...
+    @overload
+    def step(
+        self, step: int, micro_batches: Sequence[dict], is_stopped: Callable[[], bool]
+    ) -> Step | None: ...
     def step(
         self, step: int, micro_batches: Sequence[dict], is_stopped=lambda: False
     ) -> Step | None:
@@ -225,7 +241,7 @@ class _StopRequest:
 
     def __init__(self) -> None:
         self.is_set = False
-        self.previous: dict[int, object] = {}
+        self.previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> _StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -254,7 +270,7 @@ class FinetuneResult:
     """
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: TokenizerLike | None
     losses: list[float]
     n_tokens: int
     out: Path | None = None
@@ -266,7 +282,7 @@ def finetune(
     data: str | os.PathLike | Sequence,
     *,
     out: str | os.PathLike | None = None,
-    tokenizer=None,
+    tokenizer: TokenizerLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool | Progress = False,
@@ -323,7 +339,7 @@ def finetune(
         checkpoint.restore_weights(folder.start, trained)
     trained.to(device)
     if chosen.recompute:
-        trained.gradient_checkpointing_enable({"use_reentrant": False})
+        pretrained.method_of(trained, "gradient_checkpointing_enable")({"use_reentrant": False})
     report = accelerate(trained, chosen)
     peak = chosen.learning_rate or _usual_rate(chosen, loaded.is_new)
     trainer = Trainer(trained, chosen, n_steps, peak)
@@ -371,7 +387,8 @@ def _rows(documents: list, loaded: pretrained.Loaded, chosen: TrainOptions) -> P
     """The documents, packed into rows that fit the model."""
     if not documents:
         raise InputError("data is empty, need at least one document")
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    config = pretrained.config_of(loaded.model)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and chosen.context > limit:
         raise InputError(
             f"context is {chosen.context}, but the model reaches {limit} positions; "
@@ -383,7 +400,7 @@ def _rows(documents: list, loaded: pretrained.Loaded, chosen: TrainOptions) -> P
             raise InputError("data is text and model an object: pass its tokenizer")
         documents = encode(loaded.tokenizer, documents)
     rows = pack(documents, chosen.context, pad or 0)
-    vocab_size = loaded.model.config.get_text_config().vocab_size
+    vocab_size = config.get_text_config().vocab_size
     largest, smallest = int(rows.input_ids.max()), int(rows.input_ids.min())
     if largest >= vocab_size or smallest < 0:
         bad = largest if largest >= vocab_size else smallest

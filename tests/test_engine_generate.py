@@ -344,5 +344,10 @@ def test_an_empty_stop_string_is_refused():
         Sampling(stop=("",))
 
 
+def test_a_module_of_torch_alone_is_refused():
+    with pytest.raises(InputError, match="model Linear has no config, need a model of transform"):
+        tw.generate(torch.nn.Linear(4, 4), [[1]])
+
+
 def test_no_prompts_give_no_results():
     assert tw.generate(build(), []) == []

@@ -451,3 +451,11 @@ def test_options_are_refused(config_file, options, message):
 def test_data_is_refused(config_file, data, message):
     with pytest.raises(files.InputError, match=message):
         tw.finetune(config_file, data, steps=1, context=64)
+
+
+def test_a_module_of_torch_alone_is_refused(tmp_path):
+    with pytest.raises(files.InputError, match="model Linear has no config, need a model of tran"):
+        tw.finetune(torch.nn.Linear(4, 4), [[1, 2]], steps=1, context=64)
+    with pytest.raises(files.InputError, match=r"model Linear has no save_pretrained\(\), need a "):
+        pretrained.save(torch.nn.Linear(4, 4), None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
