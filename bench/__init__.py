@@ -1,6 +1,6 @@
-"""Benchmarks of the operators: `tilewright bench OP` runs bench_OP.py through run.py.
+"""Benchmarks: `tilewright bench NAME` runs bench_NAME.py, an operator or a model, through run.py.
 
-A bench_<room>.py is data and functions; the runner owns check, time and table:
+A bench_<name>.py is data and functions; the runner owns check, time and table:
 
     CASES        name -> the case: axes and options by name; "modes" and "dtypes" say what is run
     VARIANTS     name -> `Variant`: ours and each baseline; "tilewright" is the one that is compared
@@ -10,4 +10,10 @@ A bench_<room>.py is data and functions; the runner owns check, time and table:
     small(case)                        -> the case in a shape that the float64 reference can do
     truth(case, **inputs)              -> the output in float64, differentiable
     stock(case, **inputs)              -> plain torch in the inputs' dtype: the yardstick of errors
+
+and, where there is something to say:
+
+    why_not()                          -> what is missing here and how to get it, or None
+    counts(case)                       -> what one call gets through, by unit, the same units in all
+                                          cases: shown for a second
 """

@@ -7,7 +7,8 @@ import datetime
 import json
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ class Row:
     ours_us      our median for the case, or None
     error        root mean square against float64, over that of the truth; the worst of output and
                  gradients, in a small shape; None if it was not compared
+    counts       what one call gets through, by unit: shown for each second
     """
 
     case: str
@@ -46,6 +48,7 @@ class Row:
     bound: str
     ours_us: float | None
     error: float | None
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def gflops(self) -> float | None:
@@ -65,6 +68,13 @@ class Row:
         """How many times our time this variant takes: above 1 we are faster."""
         return self.times.median_us / self.ours_us if self.times and self.ours_us else None
 
+    @property
+    def per_second(self) -> dict[str, float]:
+        """By unit, from the median; empty without times."""
+        if self.times is None:
+            return {}
+        return {unit: 1e6 * n / self.times.median_us for unit, n in self.counts.items()}
+
 
 COLUMNS = {  # heading: width
     "case": 17, "dtype": 8, "mode": 7, "variant": 24, "median": 10, "20-80 %": 23, "GFLOP/s": 8,
@@ -72,16 +82,24 @@ COLUMNS = {  # heading: width
 }  # fmt: skip
 
 
-def table_head() -> str:
-    heads = (f"{name:<{width}}" for name, width in COLUMNS.items())
-    rules = ("-" * width for width in COLUMNS.values())
+def _columns(units: Iterable[str]) -> dict[str, int]:
+    rates = [f"{unit}/s" for unit in units]
+    return COLUMNS | {rate: max(len(rate), 10) for rate in rates}
+
+
+def table_head(units: Iterable[str] = ()) -> str:
+    """The head of a table whose rows count these units."""
+    columns = _columns(units)
+    heads = (f"{name:<{width}}" for name, width in columns.items())
+    rules = ("-" * width for width in columns.values())
     return f"| {' | '.join(heads)} |\n| {' | '.join(rules)} |"
 
 
 def table_line(row: Row) -> str:
     """One line of the Markdown table."""
     if row.times is None:
-        cells = [row.case, row.dtype, row.mode, row.variant, row.why_not, *[""] * 6]
+        n_empty = 6 + len(row.counts)
+        cells = [row.case, row.dtype, row.mode, row.variant, row.why_not, *[""] * n_empty]
     else:
         quantiles = f"{duration(row.times.q20_us)} - {duration(row.times.q80_us)}"
         share = f"{row.share:.0%} {row.bound}" if row.share else ""
@@ -89,8 +107,9 @@ def table_line(row: Row) -> str:
             row.case, row.dtype, row.mode, row.variant, duration(row.times.median_us), quantiles,
             f"{row.gflops:.1f}", f"{row.gbps:.1f}", share,
             f"{row.ratio:.2f}" if row.ratio else "", f"{row.error:.1e}" if row.error else "",
+            *(f"{rate:.0f}" for rate in row.per_second.values()),
         ]  # fmt: skip
-    widths = COLUMNS.values()
+    widths = _columns(row.counts).values()
     return f"| {' | '.join(f'{c:<{w}}' for c, w in zip(cells, widths, strict=True))} |"
 
 
@@ -165,6 +184,7 @@ def as_record(operator: str, where: dict, ceilings: Ceilings, rows: list[Row]) -
             "gbps": row.gbps,
             "share_of_ceiling": row.share,
             "time_over_ours": row.ratio,
+            "per_second": row.per_second,
         }
         for row in rows
     ]
@@ -193,7 +213,7 @@ LIGER_MODES = {"fwd": "forward", "fwd+bwd": "full"}
 
 
 def append_csv(path: Path, operator: str, where: dict, device: str, rows: list[Row]) -> None:
-    """One line a timed variant; the head is written once."""
+    """One line a timed variant, and one for each unit that it counts; the head is written once."""
     is_new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
@@ -202,21 +222,28 @@ def append_csv(path: Path, operator: str, where: dict, device: str, rows: list[R
         for row in rows:
             if row.times is None:
                 continue
-            writer.writerow(
-                {
-                    "kernel_name": operator, "kernel_provider": row.variant,
-                    "kernel_operation_mode": LIGER_MODES[row.mode], "metric_name": "speed",
-                    "metric_unit": "ms", "x_name": "case", "x_label": "case", "x_value": row.case,
-                    "y_value_50": row.times.median_us / 1e3, "y_value_20": row.times.q20_us / 1e3,
-                    "y_value_80": row.times.q80_us / 1e3,
-                    "extra_benchmark_config_str": json.dumps(where["options"]),
-                    "gpu_name": where["machine"], "timestamp": where["date"],
-                    "version": where["tilewright"], "device": device, "dtype": row.dtype,
-                    "gflops": row.gflops, "gbps": row.gbps, "share_of_ceiling": row.share,
-                    "baseline": OURS, "time_over_ours": row.ratio, "error": row.error,
-                    "torch": where["torch"], "triton": where["triton"], "git": where["revision"],
-                }
-            )  # fmt: skip
+            line = {
+                "kernel_name": operator, "kernel_provider": row.variant,
+                "kernel_operation_mode": LIGER_MODES[row.mode], "metric_name": "speed",
+                "metric_unit": "ms", "x_name": "case", "x_label": "case", "x_value": row.case,
+                "y_value_50": row.times.median_us / 1e3, "y_value_20": row.times.q20_us / 1e3,
+                "y_value_80": row.times.q80_us / 1e3,
+                "extra_benchmark_config_str": json.dumps(where["options"]),
+                "gpu_name": where["machine"], "timestamp": where["date"],
+                "version": where["tilewright"], "device": device, "dtype": row.dtype,
+                "gflops": row.gflops, "gbps": row.gbps, "share_of_ceiling": row.share,
+                "baseline": OURS, "time_over_ours": row.ratio, "error": row.error,
+                "torch": where["torch"], "triton": where["triton"], "git": where["revision"],
+            }  # fmt: skip
+            writer.writerow(line)
+            for unit, n in row.counts.items():
+                rates = {
+                    "metric_name": "throughput", "metric_unit": f"{unit}/s",
+                    "y_value_50": 1e6 * n / row.times.median_us,
+                    "y_value_20": 1e6 * n / row.times.q80_us,  # slow is few
+                    "y_value_80": 1e6 * n / row.times.q20_us,
+                }  # fmt: skip
+                writer.writerow(line | rates)
 
 
 def rate_and_spread(row: Row) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""`tilewright bench OP`: check each variant in a small shape, then time all side by side."""
+"""`tilewright bench NAME`: check each variant in a small shape, then time all side by side."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 MODES = ("fwd", "fwd+bwd")
 
 
-def operators() -> list[str]:
-    """The operators that have a benchmark."""
+def benchmarks() -> list[str]:
+    """What has a benchmark: operators, and models end to end."""
     folder = Path(__file__).parent
     return sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark of one operator. Returns 1 if a result of ours was wrong, never for a slow
-    one, else 0. ValueError: an option names what does not exist."""
+    """Run one benchmark. Returns 1 if a result of ours was wrong, never for a slow one, else 0.
+
+    ValueError: an option names what does not exist, or something is missing that the benchmark
+    needs.
+    """
     args = _parser().parse_args(argv)
     room = importlib.import_module(f"tilewright.bench.bench_{args.op}")
+    why_not = room.why_not() if hasattr(room, "why_not") else None
+    if why_not is not None:
+        raise ValueError(f"bench: {args.op} cannot run: {why_not}")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"bench: --threads is {args.threads}, need at least 1")
@@ -66,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.header(args.op, where, ceilings))
     if left_out:
         print(f"Left out by --quick: {', '.join(left_out)}\n")
-    print(report.table_head(), flush=True)
+    counted = {name: room.counts(c) if hasattr(room, "counts") else {} for name, c in cases.items()}
+    units = dict.fromkeys(unit for counts in counted.values() for unit in counts)
+    print(report.table_head(units), flush=True)
     rows: list[Row] = []
     wrong: list[str] = []
     for number, (name, case, dtype, mode) in enumerate(runs, 1):
@@ -75,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = {} if args.no_check else check(room, case, dtype, mode, args.device, taking_part)
         if errors.get(OURS, (0.0, ""))[1]:
             wrong.append(f"{name} {dtype} {mode}: {errors[OURS][1]}")
-        new = measure(room, name, dtype, mode, args, taking_part, errors, ceilings)
+        new = measure(room, name, dtype, mode, args, taking_part, errors, ceilings, counted[name])
         for row in new:
             print(report.table_line(row), flush=True)
         rows += new
@@ -92,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tilewright bench", description=__doc__)
-    parser.add_argument("op", choices=operators(), help="the operator")
+    parser.add_argument("op", choices=benchmarks(), help="an operator, or a model end to end")
     parser.add_argument("--providers", help="these variants alone, by name, separated by commas")
     parser.add_argument("--case", help="these cases alone, by name, separated by commas")
     parser.add_argument("--mode", choices=MODES, help="default: every mode of the case")
@@ -168,7 +176,7 @@ def check(
     return results
 
 
-def measure(room, case_name, dtype, mode, args, variants, errors, ceilings) -> list[Row]:
+def measure(room, case_name, dtype, mode, args, variants, errors, ceilings, counts) -> list[Row]:
     """Time the variants of one case; ours is not timed if it was found wrong."""
     case = room.CASES[case_name]
     gradients = room.GRADIENTS if mode == "fwd+bwd" else ()
@@ -204,7 +212,7 @@ def measure(room, case_name, dtype, mode, args, variants, errors, ceilings) -> l
                 why_not=result if isinstance(result, str) else "",
                 operations=operations, n_bytes=n_bytes, least_us=least_us, bound=bound,
                 ours_us=None if ours is None or isinstance(ours, str) else ours.median_us,
-                error=errors.get(name, (None, ""))[0],
+                error=errors.get(name, (None, ""))[0], counts=counts,
             )
         )  # fmt: skip
     return rows

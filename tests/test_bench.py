@@ -1,6 +1,7 @@
 """The benchmark harness: what it times, what it refuses to time, and the figures it derives."""
 
 import csv
+import dataclasses
 import json
 import time
 
@@ -257,13 +258,19 @@ def test_an_unwritable_file_is_known_before_the_run(tmp_path, capsys):
 
 def test_every_operator_of_the_front_desk_has_a_benchmark():
     rooms = {getattr(tilewright.ops, n).__module__.split(".")[2] for n in choose.OPERATORS}
-    assert rooms <= set(run.operators())
+    assert rooms <= set(run.benchmarks())
 
 
 def test_a_row_without_times_shows_no_figure():
     row = report.Row("c", "bf16", "fwd", "v", None, "because", 1.0, 1.0, 1.0, "compute", 1.0, None)
     assert (row.gflops, row.gbps, row.share, row.ratio) == (None,) * 4
     assert "because" in report.table_line(row)
+    counting = dataclasses.replace(row, counts={"words": 5, "letters": 20})
+    assert counting.per_second == {}
+    plain, with_rates = report.table_head(), report.table_head(counting.counts)
+    for head, line in ((plain, row), (with_rates, counting)):
+        assert report.table_line(line).count("|") == head.splitlines()[0].count("|")
+    assert with_rates.splitlines()[0].endswith("| words/s    | letters/s  |")
 
 
 @pytest.mark.parametrize(
