@@ -55,9 +55,13 @@ inline void micro_gemm(int depth, const C* a, int64_t lda, const C* b, int64_t l
 template <class C, int VECTORS, Start START>
 inline void gemm_strip(int rows, int depth, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
                        int64_t ldc, const float* lane_scale) {
-  constexpr int kRows = Unit<C>::kRowStep;
-  for (int r = 0; r < rows; r += kRows)
-    micro_gemm<C, kRows, VECTORS, START>(depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, lane_scale);
+  // six rows load the least for a product, where the registers hold their sums; the rest is four or eight
+  const int by_six = VECTORS == 4 ? rows / 12 * 12 : 0;
+  int r = 0;
+  for (; r < by_six; r += 6)
+    micro_gemm<C, 6, VECTORS, START>(depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, lane_scale);
+  for (; r < rows; r += 4)
+    micro_gemm<C, 4, VECTORS, START>(depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, lane_scale);
 }
 
 // By the matrix unit, in blocks of 2 x 2 tiles, fewer at the edges. Its sums continue an old C: bf16 results
