@@ -17,16 +17,20 @@ from pathlib import Path
 import tilewright
 from tilewright import demo_report, memory
 from tilewright.data import encode, train_tokenizer
+from tilewright.demo_clock import Clock
 from tilewright.demo_phases import EXTENDED, PHASES, PRETRAINED, QUICK, Demo, Sizes
 from tilewright.files import InputError, read_json, write_json
 from tilewright.train import Interrupted
 
 
 def run_demo(
-    out: str | Path, *, seconds: float = 180.0, quick: bool = False, resume: bool = False,
-    overwrite: bool = False, seed: int = 0,
+    out: str | Path, *, seconds: float = 180.0, steps: tuple[int, int] | None = None,
+    quick: bool = False, resume: bool = False, overwrite: bool = False, seed: int = 0,
 ) -> int:  # fmt: skip
     """Run the phases, print the table, write OUT/report.json and OUT/report.png; returns 0.
+
+    seconds   what it may take: the numbers of steps follow from it and from the machine
+    steps     fixed numbers of steps of the two trainings, whatever they take
 
     Interrupted (a KeyboardInterrupt): stopped by Ctrl-C; the message says how to go on.
     """
@@ -34,21 +38,25 @@ def run_demo(
         raise InputError(f"seconds is {seconds}, need a positive number")
     out = Path(out)
     sizes = QUICK if quick else Sizes()
-    settings = {"sizes": asdict(sizes), "seconds": seconds, "seed": seed}
+    fixed = None if steps is None else list(steps)
+    settings = {"sizes": asdict(sizes), "seconds": seconds, "steps": fixed, "seed": seed}
     _open(out, settings, resume, overwrite)
     start_s = time.perf_counter()
+    spent_s = sum(_phase(out, name).get("seconds", 0.0) for name in PHASES)
+    clock = Clock(seconds, spent_s)
     done: list[str] = []
     try:
-        demo, text = _prepare(out, sizes, seconds, seed)
+        demo, text = _prepare(out, sizes, clock, steps, seed)
         for name, (what, phase) in PHASES.items():
-            path = out / "phases" / f"{name}.json"
-            if path.exists():
-                demo.results[name] = read_json(path)
+            demo.results[name] = _phase(out, name)
+            if demo.results[name]:
                 _say(f"{name}: kept from the earlier run")
             else:
                 _say(f"{name}: {what}")
+                begin_s = clock.now_s()
                 demo.results[name] = phase(demo)
-                write_json(path, demo.results[name])
+                demo.results[name]["seconds"] = round(clock.now_s() - begin_s, 1)
+                write_json(_phase_path(out, name), demo.results[name])
             done.append(name)
     except KeyboardInterrupt:
         kept = f"finished: {', '.join(done)}" if done else "nothing finished yet"
@@ -68,6 +76,16 @@ def run_demo(
     print(f"plot    {out / 'report.png' if has_plot else 'none: matplotlib is not installed'}")
     print(f"models  {out / PRETRAINED}, {out / EXTENDED}")
     return 0
+
+
+def _phase_path(out: Path, name: str) -> Path:
+    return out / "phases" / f"{name}.json"
+
+
+def _phase(out: Path, name: str) -> dict:
+    """What an earlier run left of a phase; empty if it did not finish."""
+    path = _phase_path(out, name)
+    return read_json(path) if path.exists() else {}
 
 
 def _say(text: str) -> None:
@@ -135,7 +153,9 @@ def collect_text(train_bytes: int, held_out_bytes: int) -> tuple[list[str], list
     return parts[0], parts[1], str(folder)
 
 
-def _prepare(out: Path, sizes: Sizes, seconds: float, seed: int) -> tuple[Demo, dict]:
+def _prepare(
+    out: Path, sizes: Sizes, clock: Clock, steps: tuple[int, int] | None, seed: int
+) -> tuple[Demo, dict]:
     train, held_out, folder = collect_text(sizes.text_bytes, sizes.held_out_bytes)
     tokenizer = train_tokenizer(train, sizes.vocab_size, sizes.context)
     train_documents, held_out_documents = (encode(tokenizer, part) for part in (train, held_out))
@@ -146,7 +166,7 @@ def _prepare(out: Path, sizes: Sizes, seconds: float, seed: int) -> tuple[Demo, 
         "sha256": hashlib.sha256("\0".join(train + held_out).encode()).hexdigest()[:16],
     }  # fmt: skip
     _say(f"text: {len(train)} training files, {text['train_tokens']} tokens, from {folder}")
-    demo = Demo(out, sizes, seconds, seed, {}, train_documents, held_out_documents, tokenizer)
+    demo = Demo(out, sizes, clock, steps, seed, {}, train_documents, held_out_documents, tokenizer)
     return demo, text
 
 

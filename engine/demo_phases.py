@@ -1,7 +1,7 @@
 """The phases of the demo: functions of what they share that return results as plain data.
 
-PHASES lists them in the order in which they run; a further one needs an entry there, and its lines
-in demo_report.py.
+PHASES lists them in the order in which they run; a further one needs an entry there, a share of the
+time in demo_clock.py, and its lines in demo_report.py.
 """
 
 from __future__ import annotations
@@ -20,41 +20,48 @@ import torch
 
 from tilewright import adapt, memory, pretrained
 from tilewright.config import TrainOptions
-from tilewright.data import PackedRows, RowOrder, TokenizerLike, pack
+from tilewright.data import IGNORED, PackedRows, RowOrder, TokenizerLike, pack
+from tilewright.demo_clock import Clock, StepPlan
 from tilewright.files import InputError
 from tilewright.generate import generate
 from tilewright.progress import Progress
 from tilewright.train import Trainer, add_lora, autocast, mean_loss
 
 PRETRAINED, EXTENDED = "model", "model-extended"  # folders in OUT
+EVALUATION_BINS = 16  # equal parts of a row, each with a mean loss of its own
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the demo's model, text and runs measure.
 
-    text_bytes  of the training part; held_out_bytes of the held-out part
-    context     tokens of a row in the first training; stretch times as many in the second
+    text_bytes         of the training part; held_out_bytes of the held-out part
+    context            tokens of a row in the first training; stretch times as many in the second
+    initializer_range  standard deviation of new weights
     least_steps, most_steps   of the first training, long_steps likewise of the second
+    learning_rate      peak of the first training, lora_rate of the second
     """
 
     text_bytes: int = 3_000_000
-    held_out_bytes: int = 400_000
+    held_out_bytes: int = 600_000
     vocab_size: int = 2048
-    hidden: int = 256
-    layers: int = 4
+    hidden: int = 128
+    layers: int = 2
     heads: int = 4
     kv_heads: int = 2
+    initializer_range: float = 0.08
     context: int = 1024
     stretch: int = 4
-    rows: int = 2
+    rows: int = 1
+    learning_rate: float = 3e-3
     least_steps: int = 10
-    most_steps: int = 400
+    most_steps: int = 2000
     least_long_steps: int = 4
-    most_long_steps: int = 60
+    most_long_steps: int = 150
     lora_rank: int = 16
-    held_out_rows: int = 8
-    long_held_out_rows: int = 3
+    lora_rate: float = 3e-3
+    held_out_rows: int = 16
+    long_held_out_rows: int = 12
     prompts: int = 4
     prompt_tokens: int = 256
     new_tokens: int = 64
@@ -63,21 +70,23 @@ class Sizes:
 
 QUICK = Sizes(
     text_bytes=200_000, held_out_bytes=60_000, vocab_size=384, hidden=64, layers=2, heads=2,
-    kv_heads=1, context=128, most_steps=12, least_steps=6, least_long_steps=2, most_long_steps=3,
-    lora_rank=4, held_out_rows=2, long_held_out_rows=1, prompts=2, prompt_tokens=32, new_tokens=8,
-    repeats=1,
+    kv_heads=1, context=128, stretch=4, most_steps=12, least_steps=6, least_long_steps=2,
+    most_long_steps=3, lora_rank=4, held_out_rows=2, long_held_out_rows=2, prompts=2,
+    prompt_tokens=32, new_tokens=8, repeats=1,
 )  # fmt: skip
-# shares of the time aimed at; the rest is for reading the text, measuring and the evaluations
-TRAIN_SHARE, EXTEND_SHARE = 0.50, 0.25
 
 
 @dataclass
 class Demo:
-    """What the phases share."""
+    """What the phases share.
+
+    steps   fixed numbers of steps of the two trainings; None: as many as the clock allows
+    """
 
     out: Path
     sizes: Sizes
-    seconds: float
+    clock: Clock
+    steps: tuple[int, int] | None
     seed: int
     results: dict[str, dict]
     train_documents: list
@@ -102,21 +111,33 @@ def _new_model(demo: Demo):
         vocab_size=len(demo.tokenizer), hidden_size=s.hidden, num_hidden_layers=s.layers,
         intermediate_size=s.hidden * 11 // 4, num_attention_heads=s.heads,
         num_key_value_heads=s.kv_heads, max_position_embeddings=s.context, tie_word_embeddings=True,
-        eos_token_id=demo.tokenizer.eos_token_id, pad_token_id=demo.tokenizer.pad_token_id,
-        bos_token_id=None,
+        initializer_range=s.initializer_range, eos_token_id=demo.tokenizer.eos_token_id,
+        pad_token_id=demo.tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(demo.seed)
     with pretrained.quiet_transformers():
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _rows(demo: Demo, documents: list, length: int, only_long: bool = False) -> PackedRows:
-    if only_long:  # whole rows of one document each, so that the context is really long
-        documents = [d[i : i + length] for d in documents for i in range(0, len(d), length)]
-        documents = [d for d in documents if len(d) == length]
-        if not documents:
-            raise InputError(f"the text has no file of {length} tokens; this is a bug of the demo")
+def _rows(demo: Demo, documents: list, length: int) -> PackedRows:
     return pack(documents, length, demo.tokenizer.pad_token_id or 0)
+
+
+def _long_rows(demo: Demo, documents: list) -> PackedRows:
+    """Whole rows of one document each, so that the context is really long.
+
+    The first row of every document comes before the second of any: a few rows are many documents.
+    """
+    length = demo.long_context
+    pieces = [
+        (start, number, document[start : start + length])
+        for number, document in enumerate(documents)
+        for start in range(0, len(document) - length + 1, length)
+    ]
+    if not pieces:
+        raise InputError(f"the text has no file of {length} tokens; this is a bug of the demo")
+    pieces.sort(key=lambda piece: piece[:2])
+    return _rows(demo, [piece for *_, piece in pieces], length)
 
 
 def _first(rows: PackedRows, n: int) -> PackedRows:
@@ -137,19 +158,16 @@ def _measure(demo: Demo) -> dict:
         dtype: _trainer(_new_model(demo), demo, dtype, 100, 1e-3)
         for dtype in ("float32", "bfloat16")
     }
-    stock_ms = _median_ms(stock, batch, demo)
+    stock_ms = _median_ms(stock, batch, demo, "measure")
     # both sides take the dtype in which stock is faster on this machine
     dtype = min(stock_ms, key=stock_ms.__getitem__)
     models = {"stock": _new_model(demo), "tilewright": _new_model(demo)}
     report = adapt.accelerate(models["tilewright"])
     trainers = {side: _trainer(m, demo, dtype, 100, 1e-3) for side, m in models.items()}
-    step_ms = _median_ms(trainers, batch, demo)
-    peaks: dict[str, int | None] = {}
-    for side, trainer in trainers.items():
-        gc.collect()
-        peaks[side] = memory.peak_bytes(partial(trainer.step, 9, batch))
+    step_ms = _median_ms(trainers, batch, demo, "measure")
     return {
-        "dtype": dtype, "stock_step_ms": stock_ms, "step_ms": step_ms, "peak_bytes": peaks,
+        "dtype": dtype, "stock_step_ms": stock_ms, "step_ms": step_ms,
+        "peak_bytes": _peaks(trainers, batch),
         "gradient_error": _gradient_errors(demo, dtype, batch[0]),
         "replaced": str(report).splitlines(),
     }  # fmt: skip
@@ -177,10 +195,17 @@ def _gradient(model, dtype: str, batch: dict) -> torch.Tensor:
     return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
 
-def _median_ms(trainers: dict[str, Trainer], batch: list[dict], demo: Demo) -> dict[str, float]:
-    """Milliseconds of a step of each, in turn; the first steps warm up and do not count."""
+def _median_ms(
+    trainers: dict[str, Trainer], batch: list[dict], demo: Demo, phase: str
+) -> dict[str, float]:
+    """Milliseconds of a step of each, in turn; the first step warms up and does not count.
+
+    Fewer repeats than usual, but at least one, on a machine so slow that the phase's time is over.
+    """
     taken: dict[str, list[float]] = {side: [] for side in trainers}
     for n in range(2 + demo.sizes.repeats):
+        if n > 1 and demo.clock.left_s(phase) < 0:
+            break
         for side, trainer in trainers.items():
             done = trainer.step(n, batch)
             if n:
@@ -188,19 +213,32 @@ def _median_ms(trainers: dict[str, Trainer], batch: list[dict], demo: Demo) -> d
     return {side: statistics.median(times) for side, times in taken.items()}
 
 
+def _peaks(trainers: dict[str, Trainer], batch: list[dict]) -> dict[str, int | None]:
+    """Bytes that a step of each needs beside what is there before it."""
+    peaks: dict[str, int | None] = {}
+    for side, trainer in trainers.items():
+        gc.collect()
+        peaks[side] = memory.peak_bytes(partial(trainer.step, 9, batch))
+    return peaks
+
+
 def _train(demo: Demo) -> dict:
     """Train from scratch twice, from the same weights and on the same batches."""
     s, before = demo.sizes, demo.results["measure"]
-    both_s = sum(before["step_ms"].values()) / 1e3
-    n_steps = int(TRAIN_SHARE * demo.seconds / both_s)
-    n_steps = min(max(n_steps, s.least_steps), s.most_steps)
     rows = _rows(demo, demo.train_documents, s.context)
     held_out = _first(_rows(demo, demo.held_out_documents, s.context), s.held_out_rows)
+    both_s = sum(before["step_ms"].values()) / 1e3
+    # without a backward, a row takes a third of its time in a step
+    evaluation_s = both_s * len(held_out) / (3 * s.rows)
+    plan = _plan(demo, "train", both_s, evaluation_s)
     order = RowOrder(len(rows), s.rows, 1, demo.seed)
     models = {"stock": _new_model(demo), "tilewright": _new_model(demo)}
     adapt.accelerate(models["tilewright"])
-    trainers = {side: _trainer(m, demo, demo.dtype, n_steps, 1.5e-3) for side, m in models.items()}
-    losses, step_ms, n_valid = _side_by_side(trainers, rows, order, n_steps, "train")
+    trainers = {
+        side: _trainer(m, demo, demo.dtype, plan.n_steps, s.learning_rate)
+        for side, m in models.items()
+    }
+    run = _side_by_side(trainers, rows, order, plan, "train")
 
     after = {side: mean_loss(m, held_out, demo.dtype) for side, m in models.items()}
     # the same weights through both: what the operators alone make different
@@ -213,31 +251,48 @@ def _train(demo: Demo) -> dict:
         logits = models["tilewright"](**batch, use_cache=False).logits
     adapt.restore(models["tilewright"])
     pretrained.save(models["tilewright"], demo.tokenizer, demo.out / PRETRAINED)
+    losses = run["losses"]
     gaps = [abs(a - b) for a, b in zip(losses["stock"], losses["tilewright"], strict=True)]
     return {
-        "steps": n_steps, "rows": s.rows, "context": s.context, "dtype": demo.dtype,
+        **run, "rows": s.rows, "context": s.context, "dtype": demo.dtype,
         "parameters": sum(p.numel() for p in models["stock"].parameters()),
-        "tokens_with_loss": n_valid, "losses": losses, "step_ms": step_ms,
         "held_out_loss": after, "held_out_tokens": held_out.n_valid,
-        "first_loss_gap": gaps[0], "largest_loss_gap": max(gaps),
+        "first_loss_gap": gaps[0], "median_loss_gap": statistics.median(gaps),
+        "largest_loss_gap": max(gaps),
         "largest_logit_gap": float((logits - stock_logits).abs().max()),
         "largest_logit": float(stock_logits.abs().max()),
     }  # fmt: skip
 
 
+def _plan(demo: Demo, phase: str, step_s: float, rest_s: float) -> StepPlan:
+    """How many steps of step_s seconds the phase takes, if rest_s of its time go to other work."""
+    s = demo.sizes
+    least, most, number = {
+        "train": (s.least_steps, s.most_steps, 0),
+        "extend": (s.least_long_steps, s.most_long_steps, 1),
+    }[phase]
+    if demo.steps is not None:
+        return StepPlan(demo.steps[number])
+    plan = StepPlan(most, least, lambda: demo.clock.left_s(phase) - rest_s)
+    plan.cut(0, step_s)
+    return plan
+
+
 def _side_by_side(
-    trainers: dict[str, Trainer], rows: PackedRows, order: RowOrder, n_steps: int, label: str
-) -> tuple[dict, dict, int]:
+    trainers: dict[str, Trainer], rows: PackedRows, order: RowOrder, plan: StepPlan, label: str
+) -> dict:
     """The same batches through each trainer, taking turns in who goes first.
 
+    The plan may cut the number of steps on the way, and the learning rates fall the sooner.
     Returns losses and milliseconds by trainer and step, and the tokens that had a loss.
     """
     losses: dict[str, list[float]] = {side: [] for side in trainers}
     step_ms: dict[str, list[float]] = {side: [] for side in trainers}
-    n_valid = 0
-    bar = Progress(n_steps, label)
+    planned, n_valid, step = plan.n_steps, 0, 0
+    bar = Progress(planned, label)
+    start_s = time.perf_counter()
     try:
-        for step in range(n_steps):
+        while step < plan.n_steps:
             batches = [rows.batch(r) for r in order.micro_batches(step)]
             sides = list(trainers)
             for side in sides if step % 2 == 0 else reversed(sides):
@@ -245,26 +300,38 @@ def _side_by_side(
                 losses[side].append(done.loss)
                 step_ms[side].append(round(1e3 * done.seconds, 3))
             n_valid += done.n_valid
+            step += 1
+            plan.cut(step, (time.perf_counter() - start_s) / step)
+            for trainer in trainers.values():
+                trainer.n_steps = plan.n_steps
+            bar.total = plan.n_steps
             bar.show(
-                step + 1,
-                "  ".join(f"{s} {losses[s][-1]:.3f} {step_ms[s][-1]:.0f} ms" for s in sides),
+                step, "  ".join(f"{s} {losses[s][-1]:.3f} {step_ms[s][-1]:.0f} ms" for s in sides)
             )
     finally:
         bar.close()
-    return losses, step_ms, n_valid
+    return {
+        "steps": step, "planned_steps": planned, "tokens_with_loss": n_valid, "losses": losses,
+        "step_ms": step_ms,
+    }  # fmt: skip
 
 
 def _extend(demo: Demo) -> dict:
     """Tune the trained model for a longer context twice, and compare perplexities there."""
     s, length = demo.sizes, demo.long_context
-    rows = _rows(demo, demo.train_documents, length, only_long=True)
-    held_out = _first(
-        _rows(demo, demo.held_out_documents, length, only_long=True), s.long_held_out_rows
-    )
+    rows = _long_rows(demo, demo.train_documents)
+    held_out = _long_rows(demo, demo.held_out_documents)
     plain = pretrained.load(demo.out / PRETRAINED, needs_weights=True).model
-    perplexity = {"before, RoPE as trained": _perplexity(plain, held_out, demo)}
+    start_s = time.perf_counter()
+    _quality(plain, _first(held_out, 1), demo)
+    row_s = time.perf_counter() - start_s
+    n_rows = s.long_held_out_rows
+    if demo.steps is None:  # the four evaluations may take a quarter of what is left
+        n_rows = min(n_rows, max(2, int(demo.clock.left_s("extend") / (4 * 4 * row_s))))
+    held_out = _first(held_out, n_rows)
+    quality = {"trained": _quality(plain, held_out, demo)}
     pretrained.stretch_rope(plain, length)
-    perplexity["before, RoPE stretched"] = _perplexity(plain, held_out, demo)
+    quality["stretched"] = _quality(plain, held_out, demo)
 
     options = TrainOptions(lora_rank=s.lora_rank, train=("embed", "norm"), context=length)
     group = length // 4
@@ -278,40 +345,78 @@ def _extend(demo: Demo) -> dict:
     # steps that are undone: they choose the number of steps and show time and peak memory
     batch = [rows.batch([0])]
     saved = {side: copy.deepcopy(m.state_dict()) for side, m in models.items()}
-    probes = {side: _trainer(m, demo, demo.dtype, 100, 1e-3) for side, m in models.items()}
-    before_ms = _median_ms(probes, batch, demo)
-    peaks = {}
-    for side, probe in probes.items():
-        gc.collect()
-        peaks[side] = memory.peak_bytes(partial(probe.step, 9, batch))
-        models[side].load_state_dict(saved[side])
-    del probes, saved
-    both_s = (before_ms["stock"] + before_ms["tilewright"]) / 1e3
-    n_steps = int(EXTEND_SHARE * demo.seconds / both_s)
-    n_steps = min(max(n_steps, s.least_long_steps), s.most_long_steps)
+    probes = {side: _trainer(m, demo, demo.dtype, 100, s.lora_rate) for side, m in models.items()}
+    probe_ms = _median_ms(probes, batch, demo, "extend")
+    peaks = _peaks(probes, batch)
+    for side, model in models.items():
+        model.load_state_dict(saved[side])
+    del probes, saved, models["tilewright_full"]
+
+    both_s = (probe_ms["stock"] + probe_ms["tilewright"]) / 1e3
+    plan = _plan(demo, "extend", both_s, 2 * n_rows * row_s)
     trainers = {
-        side: _trainer(models[side], demo, demo.dtype, n_steps, 1e-3)
-        for side in ("stock", "tilewright")
+        side: _trainer(model, demo, demo.dtype, plan.n_steps, s.lora_rate)
+        for side, model in models.items()
     }
     order = RowOrder(len(rows), 1, 1, demo.seed)
-    losses, step_ms, n_valid = _side_by_side(trainers, rows, order, n_steps, "extend")
-    perplexity["after, tuned with full attention"] = _perplexity(models["stock"], held_out, demo)
-    # evaluation is dense: accelerate's shifted attention holds in training only
-    perplexity["after, tuned with shifted"] = _perplexity(models["tilewright"], held_out, demo)
-    adapt.restore(models["tilewright"])
+    run = _side_by_side(trainers, rows, order, plan, "extend")
+    quality["full"] = _quality(models["stock"], held_out, demo)
+    quality["shifted"] = _quality(models["tilewright"], held_out, demo)
     with pretrained.quiet_transformers():
         merged = models["tilewright"].merge_and_unload()
     pretrained.save(merged, demo.tokenizer, demo.out / EXTENDED)
     return {
-        "steps": n_steps, "context": length, "group_size": group, "lora_rank": s.lora_rank,
-        "dtype": demo.dtype, "tokens_with_loss": n_valid, "losses": losses, "step_ms": step_ms,
-        "probe_step_ms": before_ms, "probe_steps": 1 + s.repeats, "peak_bytes": peaks,
-        "perplexity": perplexity, "held_out_tokens": held_out.n_valid,
+        **run, "context": length, "short_context": s.context, "group_size": group,
+        "lora_rank": s.lora_rank, "dtype": demo.dtype, "probe_step_ms": probe_ms,
+        "peak_bytes": peaks, "held_out_rows": n_rows, "quality": quality,
     }  # fmt: skip
 
 
-def _perplexity(model, rows: PackedRows, demo: Demo) -> float:
-    return math.exp(min(mean_loss(model, rows, demo.dtype), 700.0))
+def _quality(model, rows: PackedRows, demo: Demo) -> dict:
+    """Perplexity of the same tokens in pieces of the short context and in whole rows.
+
+    Attention is dense, and tilewright's, whatever the model was trained with; it is stock
+    afterwards. losses: means by place in the row, of EVALUATION_BINS equal parts.
+    """
+    short = demo.sizes.context
+    labels = rows.labels.clone()
+    labels[:, ::short] = IGNORED  # the first token of a piece has no context there
+    whole = PackedRows(rows.input_ids, rows.position_ids, labels, len(rows))
+    n_pieces = labels.numel() // short
+    pieces = PackedRows(
+        rows.input_ids.view(n_pieces, short), torch.arange(short).repeat(n_pieces, 1),
+        labels.view(n_pieces, short), n_pieces,
+    )  # fmt: skip
+    adapt.accelerate(model)
+    found = {}
+    for name, cut, at_once in (("short", pieces, n_pieces // len(rows)), ("long", whole, 1)):
+        losses = _token_losses(model, cut, at_once, demo.dtype).view(labels.shape)
+        by_place = losses.unflatten(1, (EVALUATION_BINS, -1)).nanmean(dim=(0, 2))
+        mean = float(losses.nanmean(dtype=torch.float64))
+        found[name] = {
+            "perplexity": math.exp(min(mean, 700.0)), "losses": by_place.tolist(),
+            "tokens": int((~losses.isnan()).sum()),
+        }  # fmt: skip
+    adapt.restore(model)
+    return found
+
+
+@torch.no_grad()
+def _token_losses(model, rows: PackedRows, at_once: int, dtype: str) -> torch.Tensor:
+    """Negative log-likelihood of each labelled token in nats, (N, L); NaN elsewhere."""
+    model.eval()
+    losses = torch.full(rows.labels.shape, math.nan)
+    for start in range(0, len(rows), at_once):
+        batch = rows.batch(range(start, start + at_once))
+        labels = batch.pop("labels")[:, 1:]
+        with autocast(torch.device("cpu"), dtype):
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        each = each.view(labels.shape).masked_fill(labels == IGNORED, math.nan)
+        losses[start : start + at_once, 1:] = each
+    return losses
 
 
 def _generate(demo: Demo) -> dict:

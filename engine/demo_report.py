@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
 from tilewright.files import replacing
 
 MIB = 2**20
+CURVE_POINTS = 40  # of a loss curve that do not share a step: each is a mean
 
 
 def as_text(report: dict) -> str:
@@ -36,7 +38,8 @@ def as_text(report: dict) -> str:
         (
             f"last loss after {train['steps']} steps", f"{train['losses']['stock'][-1]:.4f}",
             f"{train['losses']['tilewright'][-1]:.4f}",
-            f"largest gap of any step {train['largest_loss_gap']:.2g}",
+            f"gaps of all steps: median {train['median_loss_gap']:.2g}, "
+            f"largest {train['largest_loss_gap']:.2g}",
         ),
         (
             "held-out loss", f"{train['held_out_loss']['stock']:.4f}",
@@ -50,21 +53,39 @@ def as_text(report: dict) -> str:
         _error("gradient of the first batch, error", phases["measure"]["gradient_error"]),
         ("greedy tokens that agree", "", "", f"{made['equal_tokens']} of {made['tokens']}"),
         ("", "", "", ""),
-        *(
-            (f"perplexity at {extend['context']} tokens, {name}", "", "", f"{value:.2f}")
-            for name, value in extend["perplexity"].items()
-        ),
+        *_perplexities(extend),
     ]  # fmt: skip
     machine, versions = report["machine"], report["versions"]
     head = (
         f"tilewright {report['revision']}, torch {versions['torch']}, "
         f"{machine['cpu']}, {machine['torch_threads']} threads, {train['dtype']} training, "
         f"{made['dtype']} generation, {train['parameters'] / 1e6:.1f} M parameters\n"
-        f"steps: medians of {train['steps']} and {extend['steps']} steps run in turn, "
-        f"full vs full of {extend['probe_steps']}; memory: above the level before the step\n"
+        f"steps: medians of {train['steps']} and {extend['steps']} steps run in turn, full vs full "
+        "of a few; memory: above the level before the step\n"
     )
     sample = f"\n\na sample at temperature 0.8:\n{made['sample']}"
     return "\n" + head + "\n" + _aligned(rows) + sample
+
+
+TUNED = {  # of demo_phases._extend: how the model came about
+    "trained": "before: RoPE as trained",
+    "stretched": "before: RoPE stretched",
+    "full": "tuned with full attention",
+    "shifted": "tuned with shifted-sparse attention",
+}
+
+
+def _perplexities(extend: dict) -> list[tuple[str, ...]]:
+    """Of the same held-out tokens, read in pieces of the first training's context and whole."""
+    short, long = extend["short_context"], extend["context"]
+    rows: list[tuple[str, ...]] = [
+        ("perplexity of held-out text, read in", f"{short}s", f"{long}s", "tokens at a time")
+    ]
+    for key, name in TUNED.items():
+        values = (extend["quality"][key][reading]["perplexity"] for reading in ("short", "long"))
+        note = "read with dense attention" if key == "shifted" else ""
+        rows.append((f"  {name}", *(f"{value:.2f}" for value in values), note))
+    return rows
 
 
 def _timing(name: str, stock_ms: list[float], ours_ms: list[float]) -> tuple[str, ...]:
@@ -103,6 +124,12 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
     )
 
 
+def _smooth(losses: list[float]) -> list[float]:
+    """The mean of each value and some before it."""
+    n = max(1, len(losses) // CURVE_POINTS)
+    return [statistics.fmean(losses[max(0, i - n + 1) : i + 1]) for i in range(len(losses))]
+
+
 def write_png(path: Path, report: dict) -> bool:
     """Loss curves and bars; False if matplotlib is not installed."""
     try:
@@ -114,23 +141,27 @@ def write_png(path: Path, report: dict) -> bool:
 
     phases = report["phases"]
     train, extend, made = phases["train"], phases["extend"], phases["generate"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8))
-    curves, long_curves, bars, quality = axes.flat
-    styles: dict[str, dict] = {
-        "stock": {"color": "tab:gray", "linewidth": 3},
-        "tilewright": {"color": "tab:red"},
-    }
-    for axis, phase, title in (
-        (curves, train, f"training from scratch, {train['context']} tokens"),
-        (long_curves, extend, f"LoRA at {extend['context']} tokens"),
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
+    curves, timed, long_timed, bars, quality, places = axes.flat
+    colours = {"stock": "tab:gray", "tilewright": "tab:red"}
+    widths = {"stock": 3.0, "tilewright": 1.2}
+    short_title = f"training from scratch, {train['context']} tokens"
+    for axis, phase, by_time, title in (
+        (curves, train, False, short_title),
+        (timed, train, True, f"{short_title}: the same losses over time"),
+        (long_timed, extend, True, f"LoRA at {extend['context']} tokens"),
     ):
-        names = {"stock": "stock", "tilewright": "tilewright"}
-        if phase is extend:
-            names = {"stock": "stock, full attention", "tilewright": "tilewright, shifted"}
-        for side, style in styles.items():
-            values = phase["losses"][side]
-            axis.plot(range(1, len(values) + 1), values, label=names[side], **style)
-        axis.set(title=title, xlabel="step", ylabel="loss, nats a token")
+        for side, colour in colours.items():
+            how = {"stock": ", full attention", "tilewright": ", shifted-sparse"}[side]
+            losses = _smooth(phase["losses"][side])
+            seconds_spent = list(itertools.accumulate(t / 1e3 for t in phase["step_ms"][side]))
+            axis.plot(
+                seconds_spent if by_time else range(1, len(losses) + 1), losses,
+                label=side + (how if phase is extend else ""), color=colour,
+                linewidth=widths[side],
+            )  # fmt: skip
+        xlabel = "seconds in steps of that side" if by_time else "step"
+        axis.set(title=title, xlabel=xlabel, ylabel="loss, moving mean")
         axis.legend()
 
     gains = {
@@ -146,12 +177,29 @@ def write_png(path: Path, report: dict) -> bool:
     bars.set(title="speed, stock = 1", ylabel="times as fast as stock")
     bars.margins(y=0.12)
 
-    lines = [name.replace(", ", ",\n") for name in extend["perplexity"]]
-    drawn = quality.barh(lines, list(extend["perplexity"].values()), color="tab:blue")
+    shades = {
+        "trained": "tab:olive", "stretched": "tab:orange", "full": "tab:gray",
+        "shifted": "tab:red",
+    }  # fmt: skip
+    names = [TUNED[key].replace(": ", ":\n").replace(" with ", "\nwith ") for key in shades]
+    values = [extend["quality"][key]["long"]["perplexity"] for key in shades]
+    drawn = quality.barh(names, values, color=list(shades.values()))
     quality.bar_label(drawn, fmt="%.1f", padding=3)
     quality.invert_yaxis()
     quality.margins(x=0.15)
-    quality.set(title=f"perplexity of held-out text at {extend['context']} tokens")
+    quality.set(title=f"perplexity of held-out text, {extend['context']} tokens at a time")
+
+    for key, colour in shades.items():
+        losses = extend["quality"][key]["long"]["losses"]
+        step = extend["context"] // len(losses)
+        middles = [step * (i + 0.5) for i in range(len(losses))]
+        places.plot(middles, losses, label=TUNED[key], color=colour, marker=".")
+    places.axvline(extend["short_context"], color="black", linewidth=0.8, linestyle=":")
+    places.set(
+        title="held-out loss; dotted: first context",
+        xlabel="tokens before", ylabel="nats a token",
+    )  # fmt: skip
+    places.legend(fontsize=8)
 
     machine = report["machine"]
     figure.suptitle(

@@ -78,8 +78,9 @@ def test_table_is_the_reports_numbers(report):
         assert f"{statistics.median(phases['train']['step_ms'][side]):.1f}" in text
         assert f"{phases['generate']['tokens_per_s'][side]:.1f}" in text
         assert f"{phases['train']['held_out_loss'][side]:.4f}" in text
-    for value in phases["extend"]["perplexity"].values():
-        assert f"{value:.2f}" in text
+    for readings in phases["extend"]["quality"].values():
+        for reading in readings.values():
+            assert f"{reading['perplexity']:.2f}" in text
     assert report["revision"] in text
 
 
