@@ -9,7 +9,8 @@ from pathlib import Path
 from tilewright.files import replacing
 
 MIB = 2**20
-CURVE_POINTS = 40  # of a loss curve that do not share a step: each is a mean
+# a point of a loss curve is the mean of this share of all steps, and of so many at least
+MEAN_SHARE, LEAST_MEAN = 1 / 40, 10
 
 
 def as_text(report: dict) -> str:
@@ -126,7 +127,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
 
 def _smooth(losses: list[float]) -> list[float]:
     """The mean of each value and some before it."""
-    n = max(1, len(losses) // CURVE_POINTS)
+    n = max(LEAST_MEAN, round(MEAN_SHARE * len(losses)))
     return [statistics.fmean(losses[max(0, i - n + 1) : i + 1]) for i in range(len(losses))]
 
 
