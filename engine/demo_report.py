@@ -39,7 +39,7 @@ def as_text(report: dict) -> str:
         (
             f"last loss after {train['steps']} steps", f"{train['losses']['stock'][-1]:.4f}",
             f"{train['losses']['tilewright'][-1]:.4f}",
-            f"gaps of all steps: median {train['median_loss_gap']:.2g}, "
+            f"gaps: median {train['median_loss_gap']:.2g}, "
             f"largest {train['largest_loss_gap']:.2g}",
         ),
         (
@@ -58,11 +58,12 @@ def as_text(report: dict) -> str:
     ]  # fmt: skip
     machine, versions = report["machine"], report["versions"]
     head = (
-        f"tilewright {report['revision']}, torch {versions['torch']}, "
-        f"{machine['cpu']}, {machine['torch_threads']} threads, {train['dtype']} training, "
-        f"{made['dtype']} generation, {train['parameters'] / 1e6:.1f} M parameters\n"
-        f"steps: medians of {train['steps']} and {extend['steps']} steps run in turn, full vs full "
-        "of a few; memory: above the level before the step\n"
+        f"tilewright {report['revision']}, torch {versions['torch']}, {machine['cpu']}, "
+        f"{machine['torch_threads']} threads\n"
+        f"{train['parameters'] / 1e6:.1f} M parameters, {train['dtype']} training, "
+        f"{made['dtype']} generation; memory: above the level before the step\n"
+        f"steps: medians of {train['steps']} and {extend['steps']} run in turn, "
+        "full vs full of a few\n"
     )
     sample = f"\n\na sample at temperature 0.8:\n{made['sample']}"
     return "\n" + head + "\n" + _aligned(rows) + sample
