@@ -199,10 +199,10 @@ def is_shifted(case: dict) -> bool:
 VARIANTS = {
     "tilewright": Variant(ours),
     "torch sdpa": Variant(sdpa, prepare=heads_first, restore=exchange, applies=is_dense),
-    "torch flex, compiled": Variant(
+    "torch flex compiled": Variant(
         flex, prepare=heads_first, restore=exchange, applies=is_dense, compiles=True
     ),
-    "tilewright, dense causal": Variant(ours, applies=is_shifted, computes=dict(G=None)),
+    "tilewright dense causal": Variant(ours, applies=is_shifted, computes=dict(G=None)),
     "sdpa in rolled groups": Variant(
         sdpa_in_rolled_groups, applies=is_shifted, computes=dict(wraparound=True)
     ),
