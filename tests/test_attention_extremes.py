@@ -14,8 +14,10 @@ from attention_inputs import (
     gradients,
     int32,
     make_inputs,
+    stock_attention,
     with_gradients,
 )
+from yardstick import assert_errs_at_most_twice_stock
 
 import tilewright
 from tilewright import ShiftedSegments
@@ -31,6 +33,26 @@ def far_apart(t):
     room = torch.empty(FAR + t[0].numel(), dtype=t.dtype)
     view = room.as_strided(t.shape, (FAR, *t.stride()[1:]))
     return view.copy_(t)
+
+
+@by_dtype
+@pytest.mark.parametrize("rise", [0.02, 0.3, 4.0], ids="{} a key".format)
+def test_scores_that_rise_along_the_keys(impl, rise, dtype):
+    """The running maximum grows all the way: in steps too small to matter at once, and at once."""
+    length, width = 300, 16
+    direction = F.normalize(torch.randn(width), dim=0)
+    q = (direction + 0.1 * torch.randn(1, length, 2, width)).to(dtype)
+    places = torch.arange(length).view(1, length, 1, 1)
+    k = (rise * places * direction + torch.randn(1, length, 2, width)).to(dtype)
+    v = torch.randn(1, length, 2, width).to(dtype)
+    options = dict(scale=1.0, is_causal=True)
+    impl.require("flash_attention", *(t.to(impl.device) for t in (q, k, v)), **options)
+    ours = attend(impl, q, k, v, **options)
+    truth = tilewright.flash_attention(
+        *(t.double() for t in (q, k, v)), **options, impl="reference"
+    )
+    stock, _ = stock_attention(q, k, v, **options)
+    assert_errs_at_most_twice_stock("out", ours, stock, truth)
 
 
 @pytest.mark.usefixtures("clean_memory")
