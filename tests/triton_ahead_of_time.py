@@ -24,8 +24,11 @@ DTYPE_NAMES = {
 }  # fmt: skip
 # how SASS names what we count: local memory (spills), tensor cores, bulk and asynchronous copies
 COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS", "MUFU")
-# bytes of shared memory that one block can be given
-SHARED_BYTES = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
+# bytes of shared memory that one block can be given; 8.0 stands for 8.6, 8.9 and 12.0 too, which
+# have less of it than the 163 KiB of an A100
+SHARED_BYTES = {(8, 0): 99 * 1024, (9, 0): 227 * 1024}
+# elements of a tile that one instruction of the copy engine moves, on each axis
+BOX_ELEMENTS = 256
 
 
 def missing_tool() -> str | None:
@@ -36,21 +39,26 @@ def missing_tool() -> str | None:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What became of a launch. Counts are of instructions in the code, not of those executed."""
+    """What became of a launch. Counts are of instructions in the code, not of those executed.
+
+    boxes           what each descriptor moves at once, on each of its axes
+    scratch_bytes   memory that the kernel asks triton.set_allocator for at each launch
+    """
 
     registers: int
     stack_bytes: int
     shared_bytes: int
     warps: int
     counts: Counter
-    sass: str
+    boxes: tuple[tuple[int, ...], ...]
+    scratch_bytes: int
 
     @property
     def spills(self) -> int:
         return self.counts["STL"] + self.counts["LDL"]
 
 
-def _specialised(value):
+def _specialised(value, parameter):
     """(type, constant, divisible by 16) as Triton's launcher would say of an argument."""
     if isinstance(value, TensorDescriptor):
         extents = ",".join(str(n) for n in value.block_shape)
@@ -59,16 +67,20 @@ def _specialised(value):
         return f"*{DTYPE_NAMES[value.dtype]}", None, True
     if isinstance(value, float):
         return "fp32", None, False
-    if value is None or value == 1:
-        return "constexpr", value, False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", None, value % 16 == 0
+    if value is None:
+        return "constexpr", None, False
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    if parameter.do_not_specialize:
+        return kind, None, False
+    return ("constexpr", 1, False) if value == 1 else (kind, None, value % 16 == 0)
 
 
-def _source(launch) -> ASTSource:
+def source_of(launch) -> ASTSource:
+    """What Triton compiles for a launch; two launches that agree in it share a kernel."""
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        kind, constant, is_divisible = _specialised(value)
+        kind, constant, is_divisible = _specialised(value, parameter)
         if parameter.is_constexpr:
             kind, constant, is_divisible = "constexpr", value, False
         signature[parameter.name] = kind
@@ -85,8 +97,8 @@ def compiled(launch, capability: tuple[int, int], folder: Path) -> MachineCode:
     options = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    kernel = triton.compile(_source(launch), target=target, options=options)
-    cubin = folder / f"{launch.kernel.__name__}.cubin"
+    kernel = triton.compile(source_of(launch), target=target, options=options)
+    cubin = folder / f"{kernel.hash}.cubin"  # launches are compiled side by side
     cubin.write_bytes(kernel.asm["cubin"])
     usage, sass = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
@@ -97,12 +109,13 @@ def compiled(launch, capability: tuple[int, int], folder: Path) -> MachineCode:
         shared_bytes=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         counts=Counter({name: words[name] for name in COUNTED}),
-        sass=sass,
+        boxes=tuple(tuple(d["block_size"]) for d in kernel.metadata.tensordesc_meta or ()),
+        scratch_bytes=kernel.metadata.global_scratch_size,
     )
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run(
-        [tool, option, cubin], check=True, capture_output=True, text=True, timeout=60
+        [tool, option, cubin], check=True, capture_output=True, text=True, timeout=600
     ).stdout

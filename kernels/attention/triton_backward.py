@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tilewright.ops.attention.triton_forward import (
+    key_intervals,
     key_tiles,
     live_keys,
     masked_tile,
@@ -19,6 +20,7 @@ from tilewright.ops.attention.triton_forward import (
     visible_in_tile,
 )
 from tilewright.ops.attention.triton_tiles import (
+    SIZES,
     WRAPPED,
     cut_tiles,
     document_bounds,
@@ -32,6 +34,7 @@ from tilewright.ops.attention.triton_tiles import (
     store_rows,
     tanh,
     to_unit,
+    uncounted_one,
     union,
 )
 
@@ -48,7 +51,7 @@ def terms_origin(document, q_origin, IS_PACKED: tl.constexpr):
     return origin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_row_terms_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, terms_ptr, cu_q_ptr,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
@@ -122,21 +125,21 @@ def load_terms(
     return terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_dq_kernel(
-    q, k, v, dout, terms_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
+    q, k, v, dout, terms_ptr, dq, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
     q_stride_b, q_stride_t, q_stride_h, q_stride_d,
     k_stride_b, k_stride_t, k_stride_h, k_stride_d,
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
-    mask_stride_b, mask_stride_t,
     n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch,
     n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_WIDE: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = scale sum_j dS_ij k[j]: one program owns a tile of queries, as in the forward.
 
@@ -153,31 +156,30 @@ def attention_dq_kernel(
         return
     kv_head = head // queries_per_kv_head
     shift = tl.where(head >= first_shifted_head, group_shift, 0)
-    (
-        low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
-    ) = key_tiles(
+    low_min, n_near, n_before, n_core, far_begin, n_far = key_tiles(
         start, q_length, k_length, first, last, has_holes, left, right, group, shift,
         BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL, 4 if HAS_DROPOUT else 1,
     )  # fmt: skip
-    check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
-    wide: tl.constexpr = dq_ptr.dtype.element_ty == tl.float32
-    unit_scale = to_unit(scale, wide)
-    unit_softcap = to_unit(softcap, wide)
+    by_pointer: tl.constexpr = not BY_DESCRIPTOR
+    check: tl.constexpr = by_pointer or IS_PACKED or HAS_KEY_MASK
+    unit_scale = to_unit(scale, IS_WIDE)
+    unit_softcap = to_unit(softcap, IS_WIDE)
     queries = start + tl.arange(0, BLOCK_Q)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     head_row = document * n_heads + head
     mask_row_ptr = key_mask_ptr
     if HAS_KEY_MASK:
-        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * mask_stride_b
+        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * n_keys
 
     q_tile = load_rows(
-        q, batch, head, q_origin, start, q_length, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-        BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+        q, batch, head, q_origin, start, queries < q_length,
+        q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+        BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, by_pointer,
     )  # fmt: skip
     dout_tile = load_rows(
-        dout, batch, head, q_origin, start, q_length,
+        dout, batch, head, q_origin, start, queries < q_length,
         dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
-        BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+        BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, by_pointer,
     )  # fmt: skip
     row = batch * n_heads + head
     origin = terms_origin(document, q_origin, IS_PACKED)
@@ -187,73 +189,84 @@ def attention_dq_kernel(
                        BLOCK_Q, False, True)  # fmt: skip
     acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
 
-    # the core: every query of the tile sees every key
-    core_begin = low_min + n_before * BLOCK_K
-    for key in tl.range(core_begin, core_begin + n_core * BLOCK_K, BLOCK_K):
-        k_tile = load_rows(
-            k, batch, kv_head, k_origin, key, last, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, False,
-        )  # fmt: skip
-        v_tile = load_rows(
-            v, batch, kv_head, k_origin, key, last, v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, False,
-        )  # fmt: skip
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        if HAS_SOFTCAP:
-            capped = tanh(s * (scale / softcap))
-            p = exp_of_unit(unit_softcap * capped - lse[:, None], wide)
-        else:
-            p = exp_of_unit(s * unit_scale - lse[:, None], wide)
-        if HAS_DROPOUT:
-            kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        if HAS_SOFTCAP:
-            ds = ds * (1.0 - capped * capped)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    for _ in range(0, uncounted_one(n_heads)):
+        # the core: every query of the tile sees every key
+        core_begin = low_min + n_before * BLOCK_K
+        for key in tl.range(core_begin, core_begin + n_core * BLOCK_K, BLOCK_K):
+            k_tile = load_rows(
+                k, batch, kv_head, k_origin, key, None,
+                k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+                BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, False,
+            )  # fmt: skip
+            v_tile = load_rows(
+                v, batch, kv_head, k_origin, key, None,
+                v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+                BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, False,
+            )  # fmt: skip
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+            if HAS_SOFTCAP:
+                capped = tanh(s * (scale / softcap))
+                p = exp_of_unit(unit_softcap * capped - lse[:, None], IS_WIDE)
+            else:
+                p = exp_of_unit(s * unit_scale - lse[:, None], IS_WIDE)
+            if HAS_DROPOUT:
+                kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
-    # the tiles that cross an end, and those of the far interval
-    for index in tl.range(0, n_near - n_core + n_far):
-        key, is_far = masked_tile(
-            index, low_min, n_near, n_before, n_core, far_begin, BLOCK_K, SEGMENTS
-        )
-        keys = key + tl.arange(0, BLOCK_K)
-        k_tile = load_rows(
-            k, batch, kv_head, k_origin, key, k_length,
-            k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, check,
+        # the tiles that cross an end, and those of the far interval
+        low, high, far_low, far_high = key_intervals(
+            start, q_length, k_length, first, last, left, right, group, shift,
+            BLOCK_Q, SEGMENTS, IS_CAUSAL,
         )  # fmt: skip
-        v_tile = load_rows(
-            v, batch, kv_head, k_origin, key, k_length,
-            v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, check,
-        )  # fmt: skip
-        if HAS_KEY_MASK:
-            is_live = live_keys(keys, mask_row_ptr, mask_stride_t, last)
-            k_tile = tl.where(is_live[:, None], k_tile, 0.0)
-            v_tile = tl.where(is_live[:, None], v_tile, 0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
-        if HAS_KEY_MASK:
-            visible = visible & is_live[None, :]
-        if HAS_SOFTCAP:
-            capped = tanh(s * (scale / softcap))
-            s = unit_softcap * capped
-        else:
-            s = s * unit_scale
-        p = exp_of_unit(tl.where(visible, s - lse[:, None], float("-inf")), wide)
-        if HAS_DROPOUT:
-            kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        if HAS_SOFTCAP:
-            ds = ds * (1.0 - capped * capped)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+        for index in tl.range(0, n_near - n_core + n_far):
+            key, is_far = masked_tile(
+                index, low_min, n_near, n_before, n_core, far_begin, BLOCK_K, SEGMENTS
+            )
+            keys = key + tl.arange(0, BLOCK_K)
+            is_live = keys < k_length
+            if HAS_KEY_MASK:
+                is_live = live_keys(keys, mask_row_ptr, last)
+            k_tile = load_rows(
+                k, batch, kv_head, k_origin, key, is_live,
+                k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+                BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, check,
+            )  # fmt: skip
+            v_tile = load_rows(
+                v, batch, kv_head, k_origin, key, keys < k_length,
+                v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+                BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, by_pointer,
+            )  # fmt: skip
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+            visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
+            if HAS_KEY_MASK:
+                visible = visible & is_live[None, :]
+            if HAS_SOFTCAP:
+                capped = tanh(s * (scale / softcap))
+                s = unit_softcap * capped
+            else:
+                s = s * unit_scale
+            p = exp_of_unit(tl.where(visible, s - lse[:, None], float("-inf")), IS_WIDE)
+            if HAS_DROPOUT:
+                kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+            if IS_PACKED or HAS_KEY_MASK:  # a hidden key's value may have been in it
+                ds = tl.where(visible, ds, 0.0)
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     token = batch.to(tl.int64) * n_queries + q_origin + start
-    store_rows(dq_ptr, acc * scale, head, start, q_length, token, n_heads, BLOCK_Q, D, BLOCK_D)
+    store_rows(
+        dq, acc * scale, batch, head, start, q_length, token, n_heads,
+        BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR and not IS_PACKED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -332,22 +345,22 @@ def query_tiles(
     return low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_dkv_kernel(
-    q, k, v, dout, terms, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
+    q, k, v, dout, terms, dk_target, dv_target,
+    cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, seed_ptr,
     q_stride_b, q_stride_t, q_stride_h, q_stride_d,
     k_stride_b, k_stride_t, k_stride_h, k_stride_d,
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
     dout_stride_b, dout_stride_t, dout_stride_h, dout_stride_d,
-    mask_stride_b, mask_stride_t,
     n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_rows, terms_pitch,
     n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
-    WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_WIDE: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr, WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
 ):  # fmt: skip
     """dk[j] = scale sum_i dS_ij q[i], dv[j] = sum_i P_ij dout[i], over a kv head's query heads.
 
@@ -367,22 +380,22 @@ def attention_dkv_kernel(
     )  # fmt: skip
     if start >= k_length:
         return
-    check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
-    wide: tl.constexpr = dk_ptr.dtype.element_ty == tl.float32
-    unit_scale = to_unit(scale, wide)
-    unit_softcap = to_unit(softcap, wide)
+    by_pointer: tl.constexpr = not BY_DESCRIPTOR
+    unit_scale = to_unit(scale, IS_WIDE)
+    unit_softcap = to_unit(softcap, IS_WIDE)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
 
+    inside = start + tl.arange(0, BLOCK_K) < k_length
     k_tile = load_rows(
-        k, batch, kv_head, k_origin, start, k_length,
+        k, batch, kv_head, k_origin, start, inside,
         k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-        BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+        BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, by_pointer,
     )  # fmt: skip
     if WANTS_DK:
         v_tile = load_rows(
-            v, batch, kv_head, k_origin, start, k_length,
+            v, batch, kv_head, k_origin, start, inside,
             v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, by_pointer,
         )  # fmt: skip
     origin = terms_origin(document, q_origin, IS_PACKED)
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
@@ -405,12 +418,12 @@ def attention_dkv_kernel(
         for query in tl.range(core_begin, core_begin + n_core * BLOCK_Q, BLOCK_Q):
             queries = query + tl.arange(0, BLOCK_Q)
             q_tile = load_rows(
-                q, batch, head, q_origin, query, q_length,
+                q, batch, head, q_origin, query, None,
                 q_stride_b, q_stride_h, q_stride_t, q_stride_d,
                 BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, False,
             )  # fmt: skip
             dout_tile = load_rows(
-                dout, batch, head, q_origin, query, q_length,
+                dout, batch, head, q_origin, query, None,
                 dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
                 BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, False,
             )  # fmt: skip
@@ -419,9 +432,9 @@ def attention_dkv_kernel(
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if HAS_SOFTCAP:
                 capped = tanh(s * (scale / softcap))
-                p = exp_of_unit(unit_softcap * capped - lse[None, :], wide)
+                p = exp_of_unit(unit_softcap * capped - lse[None, :], IS_WIDE)
             else:
-                p = exp_of_unit(s * unit_scale - lse[None, :], wide)
+                p = exp_of_unit(s * unit_scale - lse[None, :], IS_WIDE)
             if HAS_DROPOUT:
                 kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
             if WANTS_DV:
@@ -445,17 +458,17 @@ def attention_dkv_kernel(
             )
             queries = query + tl.arange(0, BLOCK_Q)
             q_tile = load_rows(
-                q, batch, head, q_origin, query, q_length,
+                q, batch, head, q_origin, query, queries < q_length,
                 q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-                BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, check,
+                BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, by_pointer or (IS_PACKED and WANTS_DK),
             )  # fmt: skip
             dout_tile = load_rows(
-                dout, batch, head, q_origin, query, q_length,
+                dout, batch, head, q_origin, query, queries < q_length,
                 dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
-                BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, check,
+                BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR, by_pointer or (IS_PACKED and WANTS_DV),
             )  # fmt: skip
             lse = load_terms(terms, 0, row, origin, query, q_length, n_rows, terms_pitch,
-                             BLOCK_Q, BY_DESCRIPTOR, check)  # fmt: skip
+                             BLOCK_Q, BY_DESCRIPTOR, by_pointer)  # fmt: skip
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if HAS_SOFTCAP:
                 capped = tanh(s * (scale / softcap))
@@ -470,7 +483,7 @@ def attention_dkv_kernel(
             visible = (queries[None, :] >= low_here[:, None]) & (
                 queries[None, :] < high_here[:, None]
             )
-            p = exp_of_unit(tl.where(visible, s - lse[None, :], float("-inf")), wide)
+            p = exp_of_unit(tl.where(visible, s - lse[None, :], float("-inf")), IS_WIDE)
             if HAS_DROPOUT:
                 kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
             if WANTS_DV:
@@ -481,20 +494,28 @@ def attention_dkv_kernel(
                 if HAS_DROPOUT:
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 delta = load_terms(terms, 1, row, origin, query, q_length, n_rows, terms_pitch,
-                                   BLOCK_Q, BY_DESCRIPTOR, check)  # fmt: skip
+                                   BLOCK_Q, BY_DESCRIPTOR, by_pointer)  # fmt: skip
                 ds = p * (dp - delta[None, :])
                 if HAS_SOFTCAP:
                     ds = ds * (1.0 - capped * capped)
+                if IS_PACKED:  # another document's dout or delta may have been in it
+                    ds = tl.where(visible, ds, 0.0)
                 dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
     dk = dk * scale
     if HAS_KEY_MASK:
-        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * mask_stride_b
-        is_live = live_keys(start + tl.arange(0, BLOCK_K), mask_row_ptr, mask_stride_t, last)
+        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * n_keys
+        is_live = live_keys(start + tl.arange(0, BLOCK_K), mask_row_ptr, last)
         dk = tl.where(is_live[:, None], dk, 0.0)
         dv = tl.where(is_live[:, None], dv, 0.0)
     token = batch.to(tl.int64) * n_keys + k_origin + start
     if WANTS_DK:
-        store_rows(dk_ptr, dk, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, D, BLOCK_D)
+        store_rows(
+            dk_target, dk, batch, kv_head, start, k_length, token, n_kv_heads,
+            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR and not IS_PACKED,
+        )  # fmt: skip
     if WANTS_DV:
-        store_rows(dv_ptr, dv, kv_head, start, k_length, token, n_kv_heads, BLOCK_K, DV, BLOCK_DV)
+        store_rows(
+            dv_target, dv, batch, kv_head, start, k_length, token, n_kv_heads,
+            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR and not IS_PACKED,
+        )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tilewright.ops.attention.triton_tiles import (
+    SIZES,
     exp_of_unit,
     from_unit,
     log_in_unit,
@@ -29,7 +30,7 @@ def row_of_cache(
     return first, length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_decode_kernel(
     q, k, v, page_table_ptr, key_starts_ptr, key_lengths_ptr, partial_ptr, partial_lse_ptr,
     q_stride_b, q_stride_t, q_stride_h, q_stride_d,
@@ -150,7 +151,7 @@ def attention_decode_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_combine_kernel(
     partial_ptr, partial_lse_ptr, key_starts_ptr, key_lengths_ptr, sinks_ptr, out_ptr, lse_ptr,
     n_queries, n_slots, n_heads, queries_per_kv_head, n_chunks, window_left,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from tilewright.ops.attention.triton_tiles import (
+    SIZES,
     WRAPPED,
     cut_tiles,
     document_bounds,
@@ -18,15 +19,16 @@ from tilewright.ops.attention.triton_tiles import (
     store_rows,
     tanh,
     to_unit,
+    uncounted_one,
     union,
 )
 
 
-@triton.jit
-def live_range_kernel(key_mask_ptr, live_ptr, stride_b, stride_t, n_keys, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def live_range_kernel(key_mask_ptr, live_ptr, n_keys, BLOCK: tl.constexpr):
     """live[b] = (first live key, last + 1, number of live keys); (0, 0, 0) if there is none.
 
-    key_mask (B, Lk) bytes   live (B, 3) int32
+    key_mask (B, Lk) bytes, contiguous   live (B, 3) int32
     """
     row = tl.program_id(0)
     first = n_keys
@@ -34,8 +36,7 @@ def live_range_kernel(key_mask_ptr, live_ptr, stride_b, stride_t, n_keys, BLOCK:
     count = 0
     for start in range(0, n_keys, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        pointers = key_mask_ptr + row.to(tl.int64) * stride_b + keys.to(tl.int64) * stride_t
-        is_live = tl.load(pointers, mask=keys < n_keys, other=0) != 0
+        is_live = live_keys(keys, key_mask_ptr + row.to(tl.int64) * n_keys, n_keys)
         first = tl.minimum(first, tl.min(tl.where(is_live, keys, n_keys), 0))
         last = tl.maximum(last, tl.max(tl.where(is_live, keys + 1, 0), 0))
         count += tl.sum(is_live.to(tl.int32), 0)
@@ -78,6 +79,26 @@ def query_tile(
 
 
 @triton.jit
+def key_intervals(
+    start, q_length, k_length, first, last, left, right, group, shift,
+    BLOCK_Q: tl.constexpr, SEGMENTS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The keys that each of the queries [start, start + BLOCK_Q) of a document sees: its interval
+    (low, high) and its far interval (wraparound only)."""
+    # rows past the document's end repeat its last one, so that they widen nothing
+    queries = tl.minimum(start + tl.arange(0, BLOCK_Q), q_length - 1) + k_length - q_length
+    if SEGMENTS == WRAPPED:
+        low, high, far_low, far_high = rolled_interval(
+            queries - first, last - first, group, shift, IS_CAUSAL, True
+        )
+        low, high, far_low, far_high = low + first, high + first, far_low + first, far_high + first
+    else:
+        low, high = keys_of_query(queries, first, last, left, right, group, shift, SEGMENTS)
+        far_low, far_high = low, high
+    return low, high, far_low, far_high
+
+
+@triton.jit
 def key_tiles(
     start, q_length, k_length, first, last, has_holes, left, right, group, shift,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -85,28 +106,23 @@ def key_tiles(
 ):  # fmt: skip
     """The tiles of keys that the queries [start, start + BLOCK_Q) of a document visit.
 
-    Returns each query's interval (low, high) and its far interval (wraparound only), where the
-    tiles begin, how many there are (n_near), how many lie before the unmasked core and in it, and
-    the begin and number of the far tiles. Tiles begin at a multiple of KEY_STEP.
+    Returns where the tiles begin, a multiple of KEY_STEP, how many there are (n_near), how many lie
+    before the unmasked core and in it, and the begin and number of the far tiles.
     """
-    offset = k_length - q_length
-    # rows past the document's end repeat its last one, so that they widen nothing
-    queries = tl.minimum(start + tl.arange(0, BLOCK_Q), q_length - 1) + offset
-    far_low, far_high = queries, queries
     far_begin, n_far = 0, 0
     if SEGMENTS == WRAPPED:
-        low, high, far_low, far_high = rolled_interval(
-            queries - first, last - first, group, shift, IS_CAUSAL, True
-        )
-        low, high, far_low, far_high = low + first, high + first, far_low + first, far_high + first
+        low, high, far_low, far_high = key_intervals(
+            start, q_length, k_length, first, last, left, right, group, shift,
+            BLOCK_Q, SEGMENTS, IS_CAUSAL,
+        )  # fmt: skip
         low_min, high_max = union(low, high)
         low_max, high_min = tl.max(low, 0), tl.min(high, 0)
         far_begin, far_end = union(far_low, far_high)
         far_begin = far_begin // KEY_STEP * KEY_STEP
         n_far = (far_end - far_begin + BLOCK_K - 1) // BLOCK_K
     else:
-        low, high = keys_of_query(queries, first, last, left, right, group, shift, SEGMENTS)
         # both ends rise with the query: the first and the last one bound the tile
+        offset = k_length - q_length
         low_min, high_min = keys_of_query(
             start + offset, first, last, left, right, group, shift, SEGMENTS
         )
@@ -115,7 +131,7 @@ def key_tiles(
     low_min = low_min // KEY_STEP * KEY_STEP
     n_near, n_before, n_core = cut_tiles(low_min, low_max, high_min, high_max, BLOCK_K)
     n_core = tl.where(has_holes, 0, n_core)
-    return low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
+    return low_min, n_near, n_before, n_core, far_begin, n_far
 
 
 @triton.jit
@@ -133,10 +149,9 @@ def masked_tile(
 
 
 @triton.jit
-def live_keys(keys, mask_row_ptr, mask_stride_t, last):
+def live_keys(keys, mask_row_ptr, last):
     """Which keys key_mask shows. The others may hold NaN, which a zero weight lets through."""
-    pointers = mask_row_ptr + keys.to(tl.int64) * mask_stride_t
-    return tl.load(pointers, mask=keys < last, other=0) != 0
+    return tl.load(mask_row_ptr + keys, mask=keys < last, other=0) != 0
 
 
 @triton.jit
@@ -148,20 +163,19 @@ def visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS: tl.con
     return (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_forward_kernel(
-    q, k, v, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, sinks_ptr, seed_ptr,
+    q, k, v, out, lse_ptr, cu_q_ptr, cu_k_ptr, live_ptr, key_mask_ptr, sinks_ptr, seed_ptr,
     q_stride_b, q_stride_t, q_stride_h, q_stride_d,
     k_stride_b, k_stride_t, k_stride_h, k_stride_d,
     v_stride_b, v_stride_t, v_stride_h, v_stride_d,
-    mask_stride_b, mask_stride_t,
     n_queries, n_keys, n_heads, queries_per_kv_head, n_documents, n_steps, n_slots,
     scale, softcap, left, right, group, group_shift, first_shifted_head, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr,
+    IS_WIDE: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """out[i] = sum_j softmax(scale q[i] . k[j]) v[j], lse[i] = log sum_j exp(scale q[i] . k[j])
 
@@ -181,114 +195,123 @@ def attention_forward_kernel(
         return
     kv_head = head // queries_per_kv_head
     shift = tl.where(head >= first_shifted_head, group_shift, 0)
-    (
-        low, high, far_low, far_high, low_min, n_near, n_before, n_core, far_begin, n_far
-    ) = key_tiles(
+    low_min, n_near, n_before, n_core, far_begin, n_far = key_tiles(
         start, q_length, k_length, first, last, has_holes, left, right, group, shift,
         BLOCK_Q, BLOCK_K, SEGMENTS, IS_CAUSAL, 4 if HAS_DROPOUT else 1,
     )  # fmt: skip
-    check: tl.constexpr = IS_PACKED or not BY_DESCRIPTOR
-    wide: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
-    unit_scale = to_unit(scale, wide)
-    unit_softcap = to_unit(softcap, wide)
+    by_pointer: tl.constexpr = not BY_DESCRIPTOR
+    unit_scale = to_unit(scale, IS_WIDE)
+    unit_softcap = to_unit(softcap, IS_WIDE)
     queries = start + tl.arange(0, BLOCK_Q)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     head_row = document * n_heads + head
     mask_row_ptr = key_mask_ptr
     if HAS_KEY_MASK:
-        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * mask_stride_b
+        mask_row_ptr = key_mask_ptr + batch.to(tl.int64) * n_keys
 
     q_tile = load_rows(
-        q, batch, head, q_origin, start, q_length, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-        BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, not BY_DESCRIPTOR,
+        q, batch, head, q_origin, start, queries < q_length,
+        q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+        BLOCK_Q, D, BLOCK_D, BY_DESCRIPTOR, by_pointer,
     )  # fmt: skip
     m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     l = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_DV), dtype=tl.float32)
 
-    # the core: every query of the tile sees every key
-    core_begin = low_min + n_before * BLOCK_K
-    for key in tl.range(core_begin, core_begin + n_core * BLOCK_K, BLOCK_K):
-        k_tile = load_rows(
-            k, batch, kv_head, k_origin, key, last, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, False,
-        )  # fmt: skip
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        if HAS_SOFTCAP:
-            s = unit_softcap * tanh(s * (scale / softcap))
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = exp_of_unit(s - m_new[:, None], wide)
-        else:
-            # one multiply-add per score: unit_scale >= 0, so the maximum commutes with it
-            m_new = tl.maximum(m, tl.max(s, 1) * unit_scale)
-            p = exp_of_unit(s * unit_scale - m_new[:, None], wide)
-        alpha = exp_of_unit(m - m_new, wide)
-        l = l * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        if HAS_DROPOUT:
-            kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
-            p = tl.where(kept, p, 0.0)
-        v_tile = load_rows(
-            v, batch, kv_head, k_origin, key, last, v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, False,
-        )  # fmt: skip
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-        m = m_new
+    for _ in range(0, uncounted_one(n_heads)):
+        # the core: every query of the tile sees every key
+        core_begin = low_min + n_before * BLOCK_K
+        for key in tl.range(core_begin, core_begin + n_core * BLOCK_K, BLOCK_K):
+            k_tile = load_rows(
+                k, batch, kv_head, k_origin, key, None,
+                k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+                BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, False,
+            )  # fmt: skip
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if HAS_SOFTCAP:
+                s = unit_softcap * tanh(s * (scale / softcap))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                p = exp_of_unit(s - m_new[:, None], IS_WIDE)
+            else:
+                # one multiply-add per score: unit_scale >= 0, so the maximum commutes with it
+                m_new = tl.maximum(m, tl.max(s, 1) * unit_scale)
+                p = exp_of_unit(s * unit_scale - m_new[:, None], IS_WIDE)
+            alpha = exp_of_unit(m - m_new, IS_WIDE)
+            l = l * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            if HAS_DROPOUT:
+                kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
+                p = tl.where(kept, p, 0.0)
+            v_tile = load_rows(
+                v, batch, kv_head, k_origin, key, None,
+                v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+                BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, False,
+            )  # fmt: skip
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+            m = m_new
 
-    # the tiles that cross an end, and those of the far interval
-    for index in tl.range(0, n_near - n_core + n_far):
-        key, is_far = masked_tile(
-            index, low_min, n_near, n_before, n_core, far_begin, BLOCK_K, SEGMENTS
-        )
-        keys = key + tl.arange(0, BLOCK_K)
-        k_tile = load_rows(
-            k, batch, kv_head, k_origin, key, k_length,
-            k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-            BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, check,
+        # the tiles that cross an end, and those of the far interval
+        low, high, far_low, far_high = key_intervals(
+            start, q_length, k_length, first, last, left, right, group, shift,
+            BLOCK_Q, SEGMENTS, IS_CAUSAL,
         )  # fmt: skip
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        if HAS_SOFTCAP:
-            s = unit_softcap * tanh(s * (scale / softcap))
-        else:
-            s = s * unit_scale
-        visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
-        if HAS_KEY_MASK:
-            is_live = live_keys(keys, mask_row_ptr, mask_stride_t, last)
-            visible = visible & is_live[None, :]
-        s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # a row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN
-        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = exp_of_unit(s - pivot[:, None], wide)
-        alpha = exp_of_unit(m - pivot, wide)
-        l = l * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        if HAS_DROPOUT:
-            kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
-            p = tl.where(kept, p, 0.0)
-        v_tile = load_rows(
-            v, batch, kv_head, k_origin, key, k_length,
-            v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-            BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, check,
-        )  # fmt: skip
-        if HAS_KEY_MASK:
-            v_tile = tl.where(is_live[:, None], v_tile, 0.0)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-        m = m_new
+        for index in tl.range(0, n_near - n_core + n_far):
+            key, is_far = masked_tile(
+                index, low_min, n_near, n_before, n_core, far_begin, BLOCK_K, SEGMENTS
+            )
+            keys = key + tl.arange(0, BLOCK_K)
+            is_live = keys < k_length
+            if HAS_KEY_MASK:
+                is_live = live_keys(keys, mask_row_ptr, last)
+            # whatever a hidden key holds, its scores are replaced
+            k_tile = load_rows(
+                k, batch, kv_head, k_origin, key, keys < k_length,
+                k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+                BLOCK_K, D, BLOCK_D, BY_DESCRIPTOR, by_pointer,
+            )  # fmt: skip
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if HAS_SOFTCAP:
+                s = unit_softcap * tanh(s * (scale / softcap))
+            else:
+                s = s * unit_scale
+            visible = visible_in_tile(keys, low, high, far_low, far_high, is_far, SEGMENTS)
+            if HAS_KEY_MASK:
+                visible = visible & is_live[None, :]
+            s = tl.where(visible, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            # a row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN
+            pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = exp_of_unit(s - pivot[:, None], IS_WIDE)
+            alpha = exp_of_unit(m - pivot, IS_WIDE)
+            l = l * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            if HAS_DROPOUT:
+                kept = is_kept(seed, head_row, queries, key, threshold, BLOCK_K)
+                p = tl.where(kept, p, 0.0)
+            v_tile = load_rows(
+                v, batch, kv_head, k_origin, key, is_live,
+                v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+                BLOCK_K, DV, BLOCK_DV, BY_DESCRIPTOR, by_pointer or IS_PACKED or HAS_KEY_MASK,
+            )  # fmt: skip
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+            m = m_new
 
     if HAS_SINKS:
-        sink = to_unit(tl.load(sinks_ptr + head).to(tl.float32), wide)
+        sink = to_unit(tl.load(sinks_ptr + head).to(tl.float32), IS_WIDE)
         m_new = tl.maximum(m, sink)
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = exp_of_unit(m - pivot, wide)
-        l = l * alpha + exp_of_unit(sink - pivot, wide)
+        alpha = exp_of_unit(m - pivot, IS_WIDE)
+        l = l * alpha + exp_of_unit(sink - pivot, IS_WIDE)
         acc = acc * alpha[:, None]
         m = m_new
     is_empty = l == 0.0
     l = tl.where(is_empty, 1.0, l)
     acc = acc * (keep_scale / l)[:, None]
-    lse = tl.where(is_empty, float("-inf"), from_unit(m + log_in_unit(l, wide), wide))
+    lse = tl.where(is_empty, float("-inf"), from_unit(m + log_in_unit(l, IS_WIDE), IS_WIDE))
     token = batch.to(tl.int64) * n_queries + q_origin + start
-    store_rows(out_ptr, acc, head, start, q_length, token, n_heads, BLOCK_Q, DV, BLOCK_DV)
+    store_rows(
+        out, acc, batch, head, start, q_length, token, n_heads,
+        BLOCK_Q, DV, BLOCK_DV, BY_DESCRIPTOR and not IS_PACKED,
+    )  # fmt: skip
     lse_offset = (batch.to(tl.int64) * n_heads + head) * n_queries + q_origin
     tl.store(lse_ptr + lse_offset + queries, lse, mask=queries < q_length)

@@ -84,8 +84,9 @@ def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device)
 
 
-def _strides(name: str, t: torch.Tensor) -> dict[str, int]:
-    b, n, h, d = t.stride()
+def _strides(name: str, t: torch.Tensor, by_descriptor: bool = False) -> dict[str, int]:
+    """A descriptor holds its own strides; zeros in their place keep one compiled kernel for all."""
+    b, n, h, d = (0, 0, 0, 0) if by_descriptor else t.stride()
     return {f"{name}_stride_b": b, f"{name}_stride_t": n, f"{name}_stride_h": h,
             f"{name}_stride_d": d}  # fmt: skip
 
@@ -101,8 +102,12 @@ def _fits_descriptor(t: torch.Tensor) -> bool:
 
 
 def _by_descriptor(capability, *tensors: torch.Tensor) -> bool:
-    """Whether to read tiles by descriptor: 16-bit types where the copy engine exists."""
-    if capability is not None and capability < (9, 0):
+    """Whether to move tiles by descriptor: 16-bit types on Hopper (and datacentre Blackwell).
+
+    Compute capability 12 has the copy engine too, but neither wgmma nor the shared memory for
+    tiles that are worth it.
+    """
+    if capability is not None and not (9, 0) <= capability < (12, 0):
         return False
     return all(t.itemsize == 2 and _fits_descriptor(t) for t in tensors)
 
@@ -117,6 +122,14 @@ def _source(t: torch.Tensor, rows: int, width: int, by_descriptor: bool):
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, width])
 
 
+def _target(t: torch.Tensor | None, rows: int, rule: dict, by_descriptor: bool):
+    """What a kernel stores its result to: a descriptor, or the tensor for packed documents, whose
+    tiles may reach into the next document."""
+    if t is None or not by_descriptor or rule["IS_PACKED"]:
+        return t
+    return _source(t, rows, config.block_width(t.shape[3]), True)
+
+
 def _terms_source(terms: torch.Tensor, p: Problem, queries: int, by_descriptor: bool):
     """What a kernel reads `queries` row terms from: a descriptor, or the tensor (2, B H, pitch)."""
     if not by_descriptor:
@@ -127,19 +140,6 @@ def _terms_source(terms: torch.Tensor, p: Problem, queries: int, by_descriptor: 
     return TensorDescriptor(terms, shape, list(terms.stride()), [1, 1, queries])
 
 
-def _live_range(p: Problem) -> list[Launch]:
-    """The launch that fills `live` (B, 3) from key_mask, if there is one."""
-    if p.key_mask is None:
-        return []
-    mask = p.key_mask.view(torch.uint8)
-    live = torch.empty(p.batch, 3, dtype=torch.int32, device=mask.device)
-    arguments = {
-        "key_mask_ptr": mask, "live_ptr": live,
-        "stride_b": mask.stride(0), "stride_t": mask.stride(1), "n_keys": p.n_keys, "BLOCK": 1024,
-    }  # fmt: skip
-    return [Launch(live_range_kernel, p.batch, arguments, device=mask.device)]
-
-
 def _slots(cu_seqlens: torch.Tensor | None, n_tokens: int, block: int) -> int:
     """How many tiles of `block` tokens the documents need at most, without reading cu_seqlens."""
     if cu_seqlens is None:
@@ -148,8 +148,24 @@ def _slots(cu_seqlens: torch.Tensor | None, n_tokens: int, block: int) -> int:
     return n_tokens // block + cu_seqlens.numel() + 1 if n_tokens else 0
 
 
-def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
-    """The arguments that all kernels of forward and backward share."""
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """The small tensors of a call, whose strides the kernels do not take."""
+    return None if t is None else t.contiguous()
+
+
+def _seed(p: Problem, device: torch.device) -> torch.Tensor | None:
+    """The dropout seed on the device. A copy from the CPU would wait for all that is queued there,
+    and could not be captured in a graph; filling in the number does neither."""
+    seed = p.dropout_seed
+    if seed is None or not p.dropout_p:
+        return None
+    if seed.device.type == "cpu" and device.type != "cpu":
+        return torch.full((1,), int(seed.item()), dtype=torch.int64, device=device)
+    return seed.to(device)
+
+
+def _rule(p: Problem, device: torch.device) -> tuple[list[Launch], dict]:
+    """(what has to run first, the arguments that all kernels of forward and backward share)."""
     left, right = (
         _UNLIMITED if w < 0 else min(w, _UNLIMITED) for w in (p.window_left, p.window_right)
     )
@@ -157,15 +173,16 @@ def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
     if p.is_causal and segments != _WRAPPED:
         right = 0
     n_documents = 0 if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
-    mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
-    seed = p.dropout_seed if p.dropout_p else None
     group = min(p.group_size, _UNLIMITED)
-    return {
-        "cu_q_ptr": p.cu_seqlens_q, "cu_k_ptr": p.cu_seqlens_k,
-        "live_ptr": live, "key_mask_ptr": mask,
-        "seed_ptr": None if seed is None else seed.to(device),
-        "mask_stride_b": 0 if mask is None else mask.stride(0),
-        "mask_stride_t": 0 if mask is None else mask.stride(1),
+    launches, mask, live = [], None, None
+    if p.key_mask is not None:
+        mask = p.key_mask.contiguous().view(torch.uint8)
+        live = torch.empty(p.batch, 3, dtype=torch.int32, device=device)
+        arguments = {"key_mask_ptr": mask, "live_ptr": live, "n_keys": p.n_keys, "BLOCK": 1024}
+        launches.append(Launch(live_range_kernel, p.batch, arguments, device=device))
+    return launches, {
+        "cu_q_ptr": _contiguous(p.cu_seqlens_q), "cu_k_ptr": _contiguous(p.cu_seqlens_k),
+        "live_ptr": live, "key_mask_ptr": mask, "seed_ptr": _seed(p, device),
         "n_queries": p.n_queries, "n_keys": p.n_keys, "n_heads": p.n_heads,
         "queries_per_kv_head": p.queries_per_kv_head,
         "n_documents": n_documents, "n_steps": (n_documents + 1).bit_length(),
@@ -175,28 +192,28 @@ def _rule(p: Problem, device: torch.device, live: torch.Tensor | None) -> dict:
         "threshold": math.ceil(p.dropout_p * 2**24), "keep_scale": 1.0 / (1.0 - p.dropout_p),
         "D": p.head_dim, "DV": p.value_dim,
         "BLOCK_D": config.block_width(p.head_dim), "BLOCK_DV": config.block_width(p.value_dim),
-        "SEGMENTS": segments, "IS_CAUSAL": p.is_causal, "IS_PACKED": p.cu_seqlens_q is not None,
+        # elsewhere right = 0 says it, and a kernel of its own is not needed
+        "IS_CAUSAL": p.is_causal and segments == _WRAPPED,
+        "SEGMENTS": segments, "IS_PACKED": p.cu_seqlens_q is not None,
         "HAS_KEY_MASK": mask is not None, "HAS_SOFTCAP": p.softcap > 0,
-        "HAS_DROPOUT": p.dropout_p > 0,
+        "HAS_DROPOUT": p.dropout_p > 0, "IS_WIDE": p.dtype == torch.float32,
     }  # fmt: skip
 
 
 def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
     """The launches of one forward pass, in order."""
-    launches = _live_range(p)
-    live = launches[0].arguments["live_ptr"] if launches else None
-    rule = _rule(p, q.device, live)
-    width = max(rule["BLOCK_D"], rule["BLOCK_DV"])
-    is_crowded = p.softcap > 0 or p.dropout_p > 0
-    tiles = config.forward_tiles(capability, p.dtype, width, is_crowded)
-    by_descriptor = _by_descriptor(capability, q, k, v)
+    launches, rule = _rule(p, q.device)
+    by_descriptor = _by_descriptor(capability, q, k, v, out)
+    tiles = config.forward_tiles(capability, p, by_descriptor)
     n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
     arguments = {
         "q": _source(q, tiles.queries, rule["BLOCK_D"], by_descriptor),
         "k": _source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
         "v": _source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
-        "out_ptr": out, "lse_ptr": lse, "sinks_ptr": p.sinks,
-        **_strides("q", q), **_strides("k", k), **_strides("v", v), **rule,
+        "out": _target(out, tiles.queries, rule, by_descriptor),
+        "lse_ptr": lse, "sinks_ptr": _contiguous(p.sinks),
+        **_strides("q", q, by_descriptor), **_strides("k", k, by_descriptor),
+        **_strides("v", v, by_descriptor), **rule,
         "n_slots": n_slots, "BLOCK_Q": tiles.queries, "BLOCK_K": tiles.keys,
         "HAS_SINKS": p.sinks is not None, "BY_DESCRIPTOR": by_descriptor,
     }  # fmt: skip
@@ -223,9 +240,12 @@ def backward_launches(
     dout, dlse, q, k, v, out, lse, dq, dk, dv, p: Problem, capability
 ) -> list[Launch]:
     """The launches of one backward pass, in order; dq or both of dk and dv may be None."""
-    launches = _live_range(p)
-    live = launches[0].arguments["live_ptr"] if launches else None
-    rule = _rule(p, q.device, live)
+    launches, rule = _rule(p, q.device)
+    by_descriptor = _by_descriptor(capability, q, k, v, *(t for t in (dq, dk, dv) if t is not None))
+    if by_descriptor and not _fits_descriptor(dout):
+        # .sum() hands down strides of 0: a copy costs less than to read all tiles by pointers
+        dout = dout.contiguous()
+        by_descriptor = _fits_descriptor(dout)
     n_rows = p.batch * p.n_heads
     pitch = -(-p.n_queries // 4) * 4  # each document's terms begin on 16 bytes (terms_origin)
     if p.cu_seqlens_q is not None:
@@ -236,7 +256,7 @@ def backward_launches(
     dlse_b, dlse_h, dlse_t = (0, 0, 0) if dlse is None else dlse.stride()
     arguments = {
         "out_ptr": out, "dout_ptr": dout, "lse_ptr": lse, "dlse_ptr": dlse, "terms_ptr": terms,
-        "cu_q_ptr": p.cu_seqlens_q, **_strides("dout", dout),
+        "cu_q_ptr": rule["cu_q_ptr"], **_strides("dout", dout),
         "dlse_stride_b": dlse_b, "dlse_stride_h": dlse_h, "dlse_stride_t": dlse_t,
         "n_queries": p.n_queries, "n_heads": p.n_heads, "n_documents": rule["n_documents"],
         "n_steps": rule["n_steps"], "n_rows": n_rows, "terms_pitch": pitch, "n_slots": n_slots,
@@ -246,9 +266,9 @@ def backward_launches(
     programs = n_slots * p.n_heads * p.batch
     launches.append(Launch(attention_row_terms_kernel, programs, arguments, device=q.device))
 
-    width = max(rule["BLOCK_D"], rule["BLOCK_DV"])
-    by_descriptor = _by_descriptor(capability, q, k, v, dout)
-    strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("dout", dout)}
+    strides: dict[str, int] = {}
+    for name, t in (("q", q), ("k", k), ("v", v), ("dout", dout)):
+        strides |= _strides(name, t, by_descriptor)
 
     def shared(tiles: config.Tiles, n_slots: int) -> dict:
         return {
@@ -261,22 +281,23 @@ def backward_launches(
         }  # fmt: skip
 
     if dq is not None:
-        tiles = config.dq_tiles(capability, p.dtype, width)
+        tiles = config.dq_tiles(capability, p, by_descriptor)
         n_slots = _slots(p.cu_seqlens_q, p.n_queries, tiles.queries)
-        arguments = {**shared(tiles, n_slots), "terms_ptr": terms, "dq_ptr": dq}
+        arguments = {
+            **shared(tiles, n_slots), "terms_ptr": terms,
+            "dq": _target(dq, tiles.queries, rule, by_descriptor),
+        }  # fmt: skip
         programs = n_slots * p.n_heads * p.batch
         launches.append(_launch(attention_dq_kernel, programs, arguments, tiles, q.device))
-    passes = config.dkv_passes(width, p.dropout_p > 0) if dk is not None else ()
-    for wants_dk, wants_dv in passes:
-        is_crowded = (
-            p.softcap > 0 or p.dropout_p > 0 or p.cu_seqlens_q is not None or p.group_size > 0
-        )
-        tiles = config.dkv_tiles(capability, p.dtype, width, is_crowded)
+    for wants_dk, wants_dv in config.dkv_passes(p) if dk is not None else ():
+        tiles = config.dkv_tiles(capability, p, by_descriptor, wants_dk)
         n_slots = _slots(p.cu_seqlens_k, p.n_keys, tiles.keys)
         arguments = {
             **shared(tiles, n_slots),
             "terms": _terms_source(terms, p, tiles.queries, by_descriptor),
-            "dk_ptr": dk, "dv_ptr": dv, "WANTS_DK": wants_dk, "WANTS_DV": wants_dv,
+            "dk_target": _target(dk if wants_dk else None, tiles.keys, rule, by_descriptor),
+            "dv_target": _target(dv if wants_dv else None, tiles.keys, rule, by_descriptor),
+            "WANTS_DK": wants_dk, "WANTS_DV": wants_dv,
         }  # fmt: skip
         programs = n_slots * p.n_kv_heads * p.batch
         launches.append(_launch(attention_dkv_kernel, programs, arguments, tiles, q.device))
@@ -308,7 +329,7 @@ def decode_launches(
     n_slots = k.shape[1] if p.page_table is None else p.page_table.shape[1] * page
     block_d, block_dv = config.block_width(p.head_dim), config.block_width(p.value_dim)
     n_rows = p.n_queries * p.queries_per_kv_head
-    tiles = config.decode_tiles(capability, p.dtype, max(block_d, block_dv), n_rows)
+    tiles = config.decode_tiles(capability, p)
     n_packs = -(-n_rows // tiles.queries)
     n_chunks = max(-(-n_slots // tiles.chunk), 1)
     n_shares = p.batch * p.n_kv_heads * n_packs
@@ -320,7 +341,7 @@ def decode_launches(
     partial_lse = torch.empty(n_places, n_chunks, dtype=torch.float32, device=q.device)
     window_left = _UNLIMITED if p.window_left < 0 else min(p.window_left, _UNLIMITED)
     shared = {
-        "key_starts_ptr": p.key_starts, "key_lengths_ptr": p.key_lengths,
+        "key_starts_ptr": _contiguous(p.key_starts), "key_lengths_ptr": _contiguous(p.key_lengths),
         "partial_ptr": partial, "partial_lse_ptr": partial_lse,
         "n_queries": p.n_queries, "n_slots": n_slots, "n_heads": p.n_heads,
         "queries_per_kv_head": p.queries_per_kv_head,
@@ -337,7 +358,7 @@ def decode_launches(
         "IS_CAUSAL": p.is_causal, "HAS_SOFTCAP": p.softcap > 0, **shared,
     }  # fmt: skip
     combine = {
-        "sinks_ptr": p.sinks, "out_ptr": out, "lse_ptr": lse,
+        "sinks_ptr": _contiguous(p.sinks), "out_ptr": out, "lse_ptr": lse,
         "CHUNKS": 16, "HAS_SINKS": p.sinks is not None, **shared,
     }  # fmt: skip
     return [

@@ -14,6 +14,15 @@ WHOLE = tl.constexpr(0)
 CUT = tl.constexpr(1)
 WRAPPED = tl.constexpr(2)
 
+# Triton compiles a kernel anew where an integer is 1 or a multiple of 16. For strides that is worth
+# it, since it makes loads wide; these would only multiply the kernels, one more for each new shape.
+SIZES = (
+    "n_queries", "n_keys", "n_slots", "n_heads", "queries_per_kv_head", "n_documents", "n_steps",
+    "n_rows", "terms_pitch", "left", "right", "group", "group_shift", "first_shifted_head",
+    "threshold", "n_chunks", "n_splits", "n_packs", "window_left", "table_stride_b",
+    "table_stride_p", "dlse_stride_b", "dlse_stride_h", "dlse_stride_t",
+)  # fmt: skip
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -134,37 +143,42 @@ def union(low, high):
 
 
 @triton.jit
+def uncounted_one(n):
+    """1 for any n from 1 on: the turns of a loop around a kernel's loops over tiles.
+
+    Without it ptxas computes the addresses of the final stores before those loops and holds them
+    in registers across, up to a hundred of them, and then spills what the loops need.
+    """
+    return tl.minimum(n, 1)
+
+
+@triton.jit
 def load_rows(
-    source, batch, head, origin, row, limit, stride_b, stride_h, stride_t, stride_d,
+    source, batch, head, origin, row, inside, stride_b, stride_h, stride_t, stride_d,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Tokens origin + [row, row + ROWS) of one head: (ROWS, BLOCK_WIDTH), columns past WIDTH zero.
 
     source   a pointer, or a descriptor of axes (B, heads, tokens, width)
-    limit    with CHECK, rows from here on read as zero: they may belong to another document, whose
-             infinities must not meet a zero weight
+    inside   with CHECK, the rows to read; the others are zero: they may belong to another document,
+             whose infinities must not meet a zero weight
     """
-    rows = row + tl.arange(0, ROWS)
     if BY_DESCRIPTOR:
         tile = source.load([batch, head, origin + row, 0]).reshape(ROWS, BLOCK_WIDTH)
         if CHECK:
-            tile = tl.where((rows < limit)[:, None], tile, 0.0)
+            tile = tl.where(inside[:, None], tile, 0.0)
     else:
         columns = tl.arange(0, BLOCK_WIDTH)
         # int64 before any product: tokens * heads * width passes 2**31
         base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-        pointers = (
-            base
-            + (origin + rows).to(tl.int64)[:, None] * stride_t
-            + columns.to(tl.int64)[None, :] * stride_d
-        )
+        tokens = (origin + row + tl.arange(0, ROWS)).to(tl.int64)
+        pointers = base + tokens[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_d
         if CHECK:
-            if WIDTH == BLOCK_WIDTH:
-                tile = tl.load(pointers, mask=(rows < limit)[:, None], other=0.0)
-            else:
-                inside = (rows < limit)[:, None] & (columns < WIDTH)[None, :]
-                tile = tl.load(pointers, mask=inside, other=0.0)
+            is_read = inside[:, None]
+            if WIDTH != BLOCK_WIDTH:
+                is_read = is_read & (columns < WIDTH)[None, :]
+            tile = tl.load(pointers, mask=is_read, other=0.0)
         else:
             if WIDTH == BLOCK_WIDTH:
                 tile = tl.load(pointers)
@@ -175,15 +189,27 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    target_ptr, values, head, row, limit, token, n_heads,
+    target, values, batch, head, row, limit, token, n_heads,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile into contiguous (tokens, heads, width); its first row is token `token`."""
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_WIDTH)
-    offsets = ((token + rows.to(tl.int64)) * n_heads + head)[:, None] * WIDTH + columns[None, :]
-    inside = (row + rows < limit)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(target_ptr + offsets, values.to(target_ptr.dtype.element_ty), mask=inside)
+    """Store a tile of one head whose first row is number `row` of a document, token `token` of all.
+
+    target   a descriptor of axes (B, heads, tokens, width), which leaves out what lies past its
+             ends; or a pointer to contiguous (tokens, heads, width), where rows from `limit` on
+             belong to another document
+    """
+    if BY_DESCRIPTOR:
+        tile = values.to(target.dtype).reshape(1, 1, ROWS, BLOCK_WIDTH)
+        target.store([batch, head, row, 0], tile)
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK_WIDTH)
+        pointers = target + (token.to(tl.int64) * n_heads + head) * WIDTH
+        # int32 within a tile: 128 rows of 2**16 heads of 256
+        pointers += rows[:, None] * (n_heads * WIDTH) + columns[None, :]
+        inside = (row + rows < limit)[:, None] & (columns < WIDTH)[None, :]
+        tl.store(pointers, values.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
