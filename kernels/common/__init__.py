@@ -1,0 +1,1 @@
+"""What two rooms or more share; knows no room."""
