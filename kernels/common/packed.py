@@ -189,9 +189,26 @@ def unpack_rows(packed: torch.Tensor, n_out: int) -> torch.Tensor:
     return packed.transpose(1, 2).reshape(blocks * ROWS, groups)[:n_out]
 
 
-def code_values(codes: torch.Tensor, format: str) -> torch.Tensor:
-    """uint8 codes of any shape -> their values, float32, without scale."""
+def eight_bit_table(format: str) -> tuple[float, ...] | None:
+    """The table that products with 8-bit activations read: whole numbers times a common unit.
+
+    A table of whole numbers is its own; of others the unit is 1/127 of the largest entry.
+    """
     table = FORMATS[format].table
+    if table is None or all(v.is_integer() for v in table):
+        return table
+    unit = max(abs(v) for v in table) / 127
+    return tuple(round(v / unit) * unit for v in table)
+
+
+def code_values(
+    codes: torch.Tensor, format: str, table: tuple[float, ...] | None = None
+) -> torch.Tensor:
+    """uint8 codes of any shape -> their values, float32, without scale.
+
+    table   takes the place of the format's own
+    """
+    table = table or FORMATS[format].table
     if table is not None:
         return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]
     kind = torch.int8 if format == "int8" else torch.float8_e4m3fn
@@ -208,10 +225,14 @@ def group_scales(weight: PackedWeight) -> torch.Tensor:
     return table[scales.long()] * absmax[blocks].view(scales.shape) + offset
 
 
-def decode(weight: PackedWeight) -> torch.Tensor:
-    """The weight (O, I) in float32: what every kernel multiplies by, up to its own rounding."""
+def decode(weight: PackedWeight, table: tuple[float, ...] | None = None) -> torch.Tensor:
+    """The weight (O, I) in float32: what every kernel multiplies by, up to its own rounding.
+
+    table   takes the place of the format's own
+    """
     n_out, n_in = weight.shape
-    values = code_values(unpack_codes(weight.codes, weight.format, n_out, n_in), weight.format)
+    codes = unpack_codes(weight.codes, weight.format, n_out, n_in)
+    values = code_values(codes, weight.format, table)
     group = torch.arange(n_in, device=values.device) // weight.group_size
     values = values * group_scales(weight)[:, group]
     if weight.offsets is not None:

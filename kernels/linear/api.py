@@ -1,0 +1,348 @@
+"""The linear room's public functions: docstrings, checks, and the call into the operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from tilewright import choose, settings
+from tilewright.ops.common.packed import FORMATS, PackedWeight
+from tilewright.ops.linear import op
+from tilewright.ops.linear.problem import DENSE, Operands, Problem
+from tilewright.shapes import expect_device, expect_dtype, expect_shapes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = ("none", "relu")
+MAX_RANK = 4096
+
+
+def fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    out_scale: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    scale: float = 1.0,
+    activation: str = "none",
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    int8_activations: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """A linear layer over a dense or packed weight plus a low-rank update, in one pass over x.
+
+        y[t] = (W x[t] + bias) out_scale  +  scale up f(down drop(x[t]))
+
+    x                 (T, I) or (..., I) activations; T may be 0
+    weight            (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
+    bias              (O,)
+    out_scale         (O,) factors, such as those of (IA)^3
+    down, up          (R, I) and (O, R): LoRA's A and B, of any floating dtype; they are rounded to
+                      x.dtype where they meet x, which itself is not converted
+    scale             of the update, such as LoRA's alpha / R
+    activation        f: "none", or "relu" for a parallel adapter
+    dropout_p         probability, 0 <= p < 1, that the update does not see an element of x; the
+                      backward draws the same numbers again instead of storing them
+    dropout_seed      (1,) int64; default drawn from torch's default CPU generator
+    int8_activations  round x to 8 bits, one scale a row, and multiply whole numbers: quicker with
+                      many tokens, adds an error of about 1 % of a row; packed weights but fp8. The
+                      gradient is that of the product without rounding
+    impl              "auto", "reference", "cpp_cpu" or "triton_gpu"
+
+    Returns (..., O) in x.dtype: float32, bfloat16 or float16 (float64: reference only). Sums are
+    float32; packed weights are decoded tile by tile, forward and backward, and never as a whole.
+    The error against float64 over the decoded weight is at most twice that of torch's linear in the
+    same dtype. Results are bitwise reproducible and do not depend on the number of threads; a row
+    does not depend on the other rows' values. Under autocast x, weight and bias are cast.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685; Dettmers et al., QLoRA, arXiv 2305.14314; He et al.,
+    Towards a unified view of parameter-efficient transfer learning, arXiv 2110.04366.
+    """
+    p, x2, o = _describe(
+        x, weight, bias, out_scale=out_scale, down=down, up=up, scale=scale,
+        activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        int8_activations=int8_activations,
+    )  # fmt: skip
+    wants_out_scale = out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled()
+    if wants_out_scale:  # its gradient needs the base product by itself
+        base = op.call_fused_linear(
+            x2, replace(o, out_scale=None, down=None, up=None, dropout_seed=None),
+            replace(p, rank=0, dropout_p=0.0, activation="none"), impl,
+        )  # fmt: skip
+        y = base * out_scale.to(base.dtype)
+        if o.down is not None:
+            zero = torch.zeros_like(out_scale)
+            y = y + op.call_fused_linear(x2, replace(o, bias=None, out_scale=zero), p, impl)
+    else:
+        y = op.call_fused_linear(x2, o, p, impl)
+    return y.view(*x.shape[:-1], p.out_features)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    *,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """A linear layer plus its low-rank update, reading x once: `fused_linear` under its usual name.
+
+        y[t] = W x[t] + bias + scale up f(down drop(x[t]))
+
+    The arguments, dtypes, accuracy and errors are those of `fused_linear`.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
+    """
+    return fused_linear(
+        x, weight, bias, down=down, up=up, scale=scale, activation=activation,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl,
+    )  # fmt: skip
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    int8_activations: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """A linear layer over a packed weight: `fused_linear` under its usual name.
+
+        y[t] = W x[t] + bias,   W decoded tile by tile
+
+    The arguments, dtypes, accuracy and errors are those of `fused_linear`.
+    """
+    return fused_linear(x, weight, bias, int8_activations=int8_activations, impl=impl)
+
+
+def multi_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    row_adapters: torch.Tensor,
+    *,
+    scales: Sequence[float],
+    bias: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """A linear layer whose rows each belong to one of several low-rank updates, or to none.
+
+        y[t] = W x[t] + bias + scales[a] ups[a] downs[a] x[t],   a = row_adapters[t]
+
+    downs, ups     one (Ra, I) and (O, Ra) for each adapter; ranks may differ
+    row_adapters   (T,) int32, or x.shape[:-1]: the adapter of a row, -1 for none
+    scales         one number for each adapter
+
+    Everything else is as in `fused_linear`. The rank of all adapters together is at most 4096.
+
+    Source: Chen et al., Punica, arXiv 2310.18547.
+    """
+    name = "multi_lora_linear"
+    if not len(downs) == len(ups) == len(scales) or not downs:
+        raise ValueError(
+            f"{name}: {len(downs)} downs, {len(ups)} ups and {len(scales)} scales, need as many "
+            "of each, and at least 1"
+        )
+    if row_adapters.dtype != torch.int32 or row_adapters.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{name}: row_adapters is {row_adapters.dtype} of shape {tuple(row_adapters.shape)}, "
+            f"need int32 of shape {tuple(x.shape[:-1])} as x without its last axis"
+        )
+    ranks = [d.shape[0] for d in downs]
+    device = row_adapters.device
+    columns = torch.repeat_interleave(
+        torch.arange(len(ranks), dtype=torch.int32, device=device),
+        torch.tensor(ranks, device=device),
+    )
+    each = torch.tensor([float(s) for s in scales], dtype=torch.float32, device=device)
+    p, x2, o = _describe(
+        x, weight, bias, down=torch.cat(list(downs)), up=torch.cat(list(ups), dim=1),
+        row_adapters=row_adapters.reshape(-1), column_adapters=columns,
+        column_scales=each[columns.long()], name=name,
+    )  # fmt: skip
+    return op.call_fused_linear(x2, o, p, impl).view(*x.shape[:-1], p.out_features)
+
+
+def _describe(
+    x, weight, bias=None, *, out_scale=None, down=None, up=None, scale=1.0, activation="none",
+    dropout_p=0.0, dropout_seed=None, int8_activations=False, row_adapters=None,
+    column_adapters=None, column_scales=None, name="fused_linear",
+):  # fmt: skip
+    """Check everything, and return the problem record, x as (T, I) and the other tensors."""
+    packed = weight if isinstance(weight, PackedWeight) else None
+    dense = weight if packed is None else None
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        dense = None if dense is None else dense.to(dtype)
+    expect_dtype(name, DTYPES, x=x)
+    if dense is not None:
+        expect_dtype(name, DTYPES, x=x, weight=dense)
+    for argument, t in (("bias", bias), ("out_scale", out_scale), ("down", down), ("up", up)):
+        if t is not None:
+            expect_dtype(name, DTYPES, **{argument: t})
+    codes = None if packed is None else packed.codes
+    expect_device(
+        name, x=x, weight=dense if packed is None else codes, bias=bias, out_scale=out_scale,
+        down=down, up=up, row_adapters=row_adapters,
+    )  # fmt: skip
+    if x.dim() == 0:
+        raise ValueError(f"{name}: x has shape (), need axes (..., I)")
+    n_out, n_in = weight.shape if packed is not None else _matrix(name, dense)
+    if x.shape[-1] != n_in:
+        raise ValueError(
+            f"{name}: x has shape {tuple(x.shape)}, need a last axis of I = {n_in} as in weight"
+        )
+    x2 = x.reshape(-1, n_in) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), n_in)
+    for argument, t in (("bias", bias), ("out_scale", out_scale)):
+        if t is not None and t.shape != (n_out,):
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(t.shape)}, need ({n_out},): O as in weight"
+            )
+    rank = _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p)
+    if dropout_p and dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    if dropout_seed is not None and (
+        dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1
+    ):
+        raise ValueError(
+            f"{name}: dropout_seed is {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)}, "
+            "need int64 of shape (1,)"
+        )
+    if int8_activations and (packed is None or packed.format == "fp8"):
+        which = "dense" if packed is None else "fp8"
+        raise ValueError(
+            f"{name}: int8_activations needs a packed weight of whole-number codes, got {which}"
+        )
+    operands = Operands(
+        weight=dense,
+        bias=bias,
+        out_scale=out_scale,
+        down=down,
+        up=up,
+        row_adapters=row_adapters,
+        column_adapters=column_adapters,
+        column_scales=column_scales,
+        dropout_seed=dropout_seed if dropout_p else None,
+    )
+    if packed is not None:
+        operands = _with_packed(operands, packed)
+    nested = None if packed is None else packed.nested
+    problem = Problem(
+        device=device, dtype=x.dtype, tokens=x2.shape[0], in_features=n_in, out_features=n_out,
+        rank=rank, format=DENSE if packed is None else packed.format,
+        group_size=0 if packed is None else packed.group_size,
+        nested_offset=0.0 if nested is None else float(nested.offset),
+        nested_block=0 if nested is None else nested.block, scale=float(scale),
+        activation=activation, dropout_p=float(dropout_p), int8_activations=int8_activations,
+    )  # fmt: skip
+    return problem, x2, operands
+
+
+def _matrix(name: str, weight: torch.Tensor) -> tuple[int, int]:
+    size = expect_shapes(name, weight=(weight, "OI"))
+    return size["O"], size["I"]
+
+
+def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -> int:
+    """The rank of the update; 0 without one."""
+    if (down is None) != (up is None):
+        missing = "down" if down is None else "up"
+        raise ValueError(f"{name}: {missing} is missing, need down and up together or neither")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name}: scale is {scale}, need a finite number")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}, need 0 <= dropout_p < 1")
+    if down is None:
+        if dropout_p:
+            raise ValueError(f"{name}: dropout_p is {dropout_p} without down and up to drop from")
+        return 0
+    rank = down.shape[0] if down.dim() == 2 else -1
+    if down.shape != (rank, n_in):
+        raise ValueError(f"{name}: down has shape {tuple(down.shape)}, need (R, {n_in})")
+    if up.shape != (n_out, rank):
+        raise ValueError(f"{name}: up has shape {tuple(up.shape)}, need ({n_out}, {rank})")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"{name}: R is {rank}, need 1 <= R <= {MAX_RANK}")
+    return rank
+
+
+def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
+    if packed.format not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"fused_linear: no format {packed.format!r}. Known: {known}")
+    nested = packed.nested
+    return replace(
+        operands,
+        codes=packed.codes,
+        scales=packed.scales,
+        offsets=packed.offsets,
+        input_order=packed.input_order,
+        nested_table=None if nested is None else nested.table,
+        nested_absmax=None if nested is None else nested.absmax,
+    )
+
+
+def _reference_why_not(problem) -> str | None:
+    return None
+
+
+def _cpp_cpu_why_not(problem) -> str | None:
+    from tilewright.ops.linear import cpp_cpu
+
+    return cpp_cpu.why_not(problem)
+
+
+def _triton_gpu_why_not(problem) -> str | None:
+    if problem.device != "cuda" and not settings.triton_is_interpreted():
+        return f"tensors are on {problem.device}, and TRITON_INTERPRET is not 1"
+    from tilewright.ops.linear import triton_gpu
+
+    return triton_gpu.why_not(problem)
+
+
+_CANDIDATES = (
+    choose.Implementation("triton_gpu", _triton_gpu_why_not),
+    choose.Implementation("cpp_cpu", _cpp_cpu_why_not),
+    choose.Implementation("reference", _reference_why_not),
+)
+
+
+def _sample_problems() -> dict[str, object]:
+    """What `doctor` asks about: a usual training shape on each device that is here."""
+    samples: dict[str, object] = {}
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for format in (DENSE, "nf4", "int4", "int8", "fp8"):
+                label = f"{device} {str(dtype).removeprefix('torch.')} {format}"
+                samples[label] = Problem(
+                    device=device, dtype=dtype, tokens=512, in_features=4096, out_features=4096,
+                    rank=16, format=format, group_size=0 if format == DENSE else 64,
+                )  # fmt: skip
+    return samples
+
+
+def _described(*args, impl="auto", **kwargs):
+    return _describe(*args, **kwargs)[0]
+
+
+choose.register(choose.Operator("fused_linear", _CANDIDATES, _described, _sample_problems))

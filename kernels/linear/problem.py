@@ -1,0 +1,95 @@
+"""What a call of the linear room is about, and its tensors under one roof.
+
+Axes: T tokens, I in, O out, R rank of the low-rank update, G groups of inputs that share a scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from tilewright.ops.common.packed import NestedScales, PackedWeight
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors beside x; None where a call has none. The operators take them in this order.
+
+    weight           (O, I) dense, in x.dtype
+    codes ..         the tensors of a PackedWeight
+    bias             (O,)
+    out_scale        (O,) factor of the base product and bias
+    down             (R, I)
+    up               (O, R)
+    row_adapters     (T,) int32, adapter of a row, -1 for none
+    column_adapters  (R,) int32, adapter of a row of down
+    column_scales    (R,) float32, instead of the number `scale`
+    dropout_seed     (1,) int64
+    """
+
+    weight: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    input_order: torch.Tensor | None = None
+    nested_table: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    row_adapters: torch.Tensor | None = None
+    column_adapters: torch.Tensor | None = None
+    column_scales: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None
+
+    def astuple(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(getattr(self, name) for name in OPERANDS)
+
+
+OPERANDS = tuple(f.name for f in fields(Operands))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call without its tensors: what decides who can run it, and how.
+
+    format            "dense", or a key of FORMATS
+    group_size        inputs that share a scale; 0 for dense
+    nested_block      scales that share an absmax; 0 without nesting
+    activation        "none" or "relu", between the two low-rank products
+    int8_activations  x is rounded to 8 bits a row before it meets the packed weight
+    needs_grad        whether a gradient will be asked for
+    """
+
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int = 0
+    format: str = DENSE
+    group_size: int = 0
+    nested_offset: float = 0.0
+    nested_block: int = 0
+    scale: float = 1.0
+    activation: str = "none"
+    dropout_p: float = 0.0
+    int8_activations: bool = False
+    needs_grad: bool = False
+
+    def packed(self, o: Operands) -> PackedWeight:
+        """The packed weight again, from its tensors."""
+        assert o.codes is not None and o.scales is not None
+        nested = None
+        if o.nested_table is not None and o.nested_absmax is not None:
+            nested = NestedScales(
+                o.nested_table, o.nested_absmax, self.nested_offset, self.nested_block
+            )
+        return PackedWeight(
+            self.format, self.out_features, self.in_features, self.group_size, o.codes, o.scales,
+            o.offsets, o.input_order, nested, self.dtype,
+        )  # fmt: skip
