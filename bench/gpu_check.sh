@@ -133,6 +133,7 @@ begin=$SECONDS
 limit=$((tests_end - SECONDS))
 # a process is a core's worth of compiling: neither torch nor its compiler may take more
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # whatever else is installed there
 run timeout --kill-after=10 $((limit + 15)) "$python" tests/run_shards.py "$dir" \
   --shards "$cores" --seconds $limit -- -m gpu tests >"$work/tests.out" 2>&1
 code=$?

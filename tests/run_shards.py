@@ -112,7 +112,8 @@ def summary(counts: Counter, n_missing: int, n_processes: int, seconds: float) -
     parts = [f"{counts[k]} {word}" for k, word in words.items() if counts[k] or k == "passed"]
     if n_missing:
         parts.append(f"{n_missing} did not run")
-    return f"{', '.join(parts)} in {n_processes} processes and {seconds:.0f} s"
+    processes = "1 process" if n_processes == 1 else f"{n_processes} processes"
+    return f"{', '.join(parts)} in {processes} and {seconds:.0f} s"
 
 
 def junit(processes, missing: dict[str, list[str]], why_missing: str) -> ElementTree.Element:

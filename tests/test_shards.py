@@ -128,7 +128,7 @@ def test_what_became_of_each_test_is_known_whatever_the_processes_do(tmp_path, s
         "test_is_expected_to_fail": "skipped", "test_unreadable.py": "error",
     }  # fmt: skip
     assert re.fullmatch(
-        rf"3 passed, 1 failed, 4 errors, 2 skipped in {shards} processes and \d+ s", lines[-1]
+        rf"3 passed, 1 failed, 4 errors, 2 skipped in {shards} process(es)? and \d+ s", lines[-1]
     )
     assert log.splitlines()[0] == lines[-1]
     for words in (
@@ -161,7 +161,7 @@ def test_at_the_limit_everything_is_killed_and_the_results_so_far_stay(tmp_path)
     assert time.monotonic() - begin < 60
     assert code == 1
     assert outcomes == {"test_quick": "passed", "test_slow": "skipped", "test_late": "skipped"}
-    assert re.fullmatch(r"1 passed, 2 did not run in 1 processes and \d+ s", lines[-1])
+    assert re.fullmatch(r"1 passed, 2 did not run in 1 process and \d+ s", lines[-1])
     assert "did not run within 4 s: test_sleeper.py::test_late" in log
     child = int((folder / "child").read_text())
     state = Path(f"/proc/{child}/stat")
