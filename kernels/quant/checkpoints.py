@@ -38,7 +38,8 @@ def read_gptq(
               say it reliably: symmetric codes have zero 8 throughout, others the mean of the codes
     dtype     of the weight that it stands for; None: that of scales
 
-    Inputs that act-order has spread over groups are sorted by group; input_order says where they go.
+    Inputs that act-order has spread over groups are sorted by group; input_order says where each
+    belongs.
     ValueError: a tensor is missing or misshapen, groups are uneven, or the version cannot be told.
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323; the layout is AutoGPTQ 0.7's and GPTQModel 7's.
