@@ -1,5 +1,57 @@
 """The front desk: every public operator, on one page."""
 
 from tilewright.ops.attention import ShiftedSegments, flash_attention, flash_decode
+from tilewright.ops.common import PackedWeight
+from tilewright.ops.quant import (
+    FP4,
+    FP8,
+    MXFP4,
+    NF4,
+    ErrorStatistics,
+    Int4,
+    Int8,
+    SavedWeights,
+    dequantize_blockwise,
+    dequantize_weight,
+    error_statistics,
+    load_packed,
+    quantize_activations,
+    quantize_blockwise,
+    quantize_weight,
+    read_awq,
+    read_bitsandbytes,
+    read_compressed_tensors,
+    read_gguf,
+    read_gptq,
+    save_packed,
+    to_bitsandbytes,
+)
 
-__all__ = ["ShiftedSegments", "flash_attention", "flash_decode"]
+__all__ = [
+    "FP4",
+    "FP8",
+    "MXFP4",
+    "NF4",
+    "ErrorStatistics",
+    "Int4",
+    "Int8",
+    "PackedWeight",
+    "SavedWeights",
+    "ShiftedSegments",
+    "dequantize_blockwise",
+    "dequantize_weight",
+    "error_statistics",
+    "flash_attention",
+    "flash_decode",
+    "load_packed",
+    "quantize_activations",
+    "quantize_blockwise",
+    "quantize_weight",
+    "read_awq",
+    "read_bitsandbytes",
+    "read_compressed_tensors",
+    "read_gguf",
+    "read_gptq",
+    "save_packed",
+    "to_bitsandbytes",
+]
