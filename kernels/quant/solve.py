@@ -141,7 +141,7 @@ def _boundaries(format: str) -> tuple[torch.Tensor, torch.Tensor]:
 def table_codes(scaled: torch.Tensor, format: str) -> torch.Tensor:
     """Nearest level of values divided by their absmax; a tie goes down, as in bitsandbytes."""
     middles, order = (t.to(scaled.device) for t in _boundaries(format))
-    return order[torch.bucketize(scaled, middles)]
+    return order[torch.bucketize(scaled.contiguous(), middles)]
 
 
 def e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
     middles = (magnitudes[:-1] + magnitudes[1:]) / 2
     # bucketize sends a tie down: past an odd code the boundary is a hair lower, so it goes up
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
-    codes = torch.bucketize(scaled.abs(), middles).to(torch.uint8)
+    codes = torch.bucketize(scaled.abs().contiguous(), middles).to(torch.uint8)
     return torch.where((scaled < 0) & (codes > 0), codes + 8, codes)
 
 
