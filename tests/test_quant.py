@@ -148,6 +148,34 @@ def test_the_scale_is_absmax_over_the_largest_code(format, largest):
     torch.testing.assert_close(group_scales(packed).double(), expected, rtol=1e-7, atol=0)
 
 
+def test_minmax_offsets_span_the_group_and_hold_zero_exactly():
+    weight = weights(17, 131)
+    weight[0], weight[1] = weight[0].abs(), -weight[1].abs()  # zero lies at an end
+    packed = tilewright.quantize_weight(weight, Int4(64, symmetric=False, solver="minmax"))
+    scales, offsets = group_scales(packed), unpack_rows(packed.offsets, 17)
+    for g in range(3):
+        part = weight[:, 64 * g : 64 * g + 64].double()
+        span = part.amax(1).clamp(min=0) - part.amin(1).clamp(max=0)
+        torch.testing.assert_close(scales[:, g].double(), span / 15, rtol=1e-6, atol=0)
+    zeros = -offsets.double() / scales.double()
+    torch.testing.assert_close(zeros, zeros.round(), rtol=0, atol=1e-5)
+    assert zeros[0].round().tolist() == [0, 0, 0] and zeros[1].round().tolist() == [15, 15, 15]
+
+
+@pytest.mark.parametrize("draw", [weights, heavy_tailed])
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+def test_the_error_is_least_at_the_scale_that_is_found(draw, group_size):
+    weight = draw(40, 1024)
+    packed = tilewright.quantize_weight(weight, Int4(group_size))
+    levels, size = reference.levels("int4"), packed.group_size
+
+    def squared_error(factor):
+        scales = group_scales(packed).double() * factor
+        return reference.nearest(weight, scales, None, size, levels).square().sum()
+
+    assert squared_error(1.0) < min(squared_error(0.99), squared_error(1.01))
+
+
 def test_fp8_scales_are_shared_by_tensor_and_by_block():
     weight = weights(300, 200)
     expected = weight.abs().amax().expand(300, 1) / 448
