@@ -133,6 +133,11 @@ def _chosen(option: str, names: str | None, known: dict) -> dict:
     return {name: known[name] for name in wanted}
 
 
+def gradients_of(room: ModuleType, case: dict, mode: str) -> tuple[str, ...]:
+    """The inputs whose gradients are part of the work: the room's, or the case's own."""
+    return case.get("gradients", room.GRADIENTS) if mode == "fwd+bwd" else ()
+
+
 def rms(tensor: torch.Tensor) -> float:
     return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
 
@@ -146,7 +151,7 @@ def check(
     worst of output and gradients. Ours may err at most twice as much as plain torch in the same
     dtype, or by one last rounding. Of a baseline the error is shown and not judged.
     """
-    gradients = room.GRADIENTS if mode == "fwd+bwd" else ()
+    gradients = gradients_of(room, case, mode)
     results: dict[str, tuple[float | None, str]] = {}
     for name, variant in variants.items():
         if variant.compiles:
@@ -179,7 +184,7 @@ def check(
 def measure(room, case_name, dtype, mode, args, variants, errors, ceilings, counts) -> list[Row]:
     """Time the variants of one case; ours is not timed if it was found wrong."""
     case = room.CASES[case_name]
-    gradients = room.GRADIENTS if mode == "fwd+bwd" else ()
+    gradients = gradients_of(room, case, mode)
     inputs = room.make_inputs(case, DTYPES[dtype], args.device)
     functions: dict = {}
     outcome: dict[str, Times | str] = {}

@@ -67,7 +67,9 @@ def call(variant: Variant, case: dict, inputs: dict, gradients: tuple[str, ...])
             out = variant.run(case, **prepared)
             if not upstream:  # the same for every variant, in this one's layout; drawn once
                 upstream.append(_upstream_like(variant.restore(out.detach()), variant))
-            return (out, *torch.autograd.grad(out, leaves, upstream[0]))
+            found = torch.autograd.grad(out, leaves, upstream[0], allow_unused=True)
+            pairs = zip(found, leaves, strict=True)
+            return (out, *(torch.zeros_like(leaf) if g is None else g for g, leaf in pairs))
 
     return forward_and_backward
 

@@ -1,0 +1,252 @@
+"""Linear layers: packed weights at decoding, prefill and training sizes, and low-rank updates.
+
+Axes: T tokens, I in, O out, R rank of the update, 0 for none. `format` is how the weight is kept:
+"dense", or packed by the room quant in groups of 64, with int8 one scale a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+import tilewright
+from tilewright.bench.variant import Variant
+from tilewright.ops.common.packed import unpack_codes, unpack_rows
+
+GRADIENTS = ("x",)
+UPDATED = ("x", "down", "up")  # of a case with an update
+
+ONE = dict(dtypes=("bf16",), modes=("fwd",))
+FORWARD = dict(dtypes=("bf16", "float32"), modes=("fwd",))
+TRAINED = dict(dtypes=("bf16",), modes=("fwd", "fwd+bwd"))
+SQUARE, WIDE = dict(I=4096, O=4096), dict(I=2048, O=5632)
+
+CASES = {
+    "int4-1": dict(T=1, format="int4", **SQUARE, **FORWARD),
+    "nf4-1": dict(T=1, format="nf4", **SQUARE, **FORWARD),
+    "int8-1": dict(T=1, format="int8", **SQUARE, **ONE),
+    "int4-1-wide": dict(T=1, format="int4", **WIDE, **ONE),
+    "nf4-1-wide": dict(T=1, format="nf4", **WIDE, **ONE),
+    "int4-16": dict(T=16, format="int4", **SQUARE, **ONE),
+    "int4-128": dict(T=128, format="int4", **SQUARE, **TRAINED),
+    "nf4-512": dict(T=512, format="nf4", **SQUARE, **TRAINED),
+    "int4-2k": dict(T=2048, format="int4", **SQUARE, **TRAINED),
+    "nf4-2k": dict(T=2048, format="nf4", **SQUARE, **TRAINED),
+    "int4-128-int8-activations": dict(T=128, format="int4", a8=True, **SQUARE, **ONE),
+    "int4-2k-int8-activations": dict(T=2048, format="int4", a8=True, **SQUARE, **ONE),
+    "int8-128-int8-activations": dict(T=128, format="int8", a8=True, **SQUARE, **ONE),
+    "int8-2k-int8-activations": dict(T=2048, format="int8", a8=True, **SQUARE, **ONE),
+    "lora-512-r8": dict(T=512, format="dense", R=8, gradients=UPDATED, **SQUARE, **TRAINED),
+    "lora-512-r64": dict(T=512, format="dense", R=64, gradients=UPDATED, **SQUARE, **TRAINED),
+    "lora-2k-r16": dict(T=2048, format="dense", R=16, gradients=UPDATED, **SQUARE, **TRAINED),
+    "qlora-512-r16": dict(T=512, format="nf4", R=16, gradients=UPDATED, **SQUARE, **TRAINED),
+}
+
+
+@functools.lru_cache(maxsize=2)
+def _packed(format: str, n_out: int, n_in: int):
+    """The packed weight, and what it decodes to."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(n_out, n_in, generator=generator) / n_in**0.5
+    formats = {
+        "int4": tilewright.Int4(64, solver="minmax"),
+        "nf4": tilewright.NF4(64),
+        "int8": tilewright.Int8(),
+    }
+    packed = tilewright.quantize_weight(weight, formats[format])
+    return packed, tilewright.dequantize_weight(packed, torch.float32)
+
+
+def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """x (T, I), weight (O, I) as it decodes, and with an update down (R, I) and up (O, R)."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    inputs = dict(x=normal(case["T"], case["I"]))
+    if case["format"] == "dense":
+        inputs["weight"] = (normal(case["O"], case["I"]) / case["I"] ** 0.5).to(dtype)
+    else:
+        inputs["weight"] = _packed(case["format"], case["O"], case["I"])[1].to(device, dtype)
+    if case.get("R"):
+        inputs["down"] = (normal(case["R"], case["I"]) / case["I"] ** 0.5).to(dtype)
+        inputs["up"] = (normal(case["O"], case["R"]) / case["R"] ** 0.5).to(dtype)
+    return inputs
+
+
+def small(case: dict) -> dict:
+    return {**case, "T": min(case["T"], 40), "I": 256, "O": 192}
+
+
+def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
+    """Operations: the product, in the backward that to x, and two small ones for the update, six in
+    the backward. Bytes: x, y and the weight once, in the backward again with their gradients."""
+    n_tokens, n_in, n_out, rank = case["T"], case["I"], case["O"], case.get("R", 0)
+    passes = 2 if mode == "fwd+bwd" else 1
+    operations = 2.0 * n_tokens * (n_in * n_out * passes + (n_in + n_out) * rank * (2 * passes - 1))
+    bits = {"dense": 8 * itemsize, "int8": 8, "int4": 4.5, "nf4": 4.5}[case["format"]]
+    n_bytes = n_in * n_out * bits / 8 + itemsize * n_tokens * (n_in + n_out)
+    return operations, passes * n_bytes
+
+
+def _weight(case: dict, weight):
+    if case["format"] == "dense":
+        return weight
+    return _packed(case["format"], case["O"], case["I"])[0].to(weight.device)
+
+
+def ours(case: dict, x, weight, down=None, up=None, impl: str = "auto") -> torch.Tensor:
+    """The layer by tilewright, (T, O)."""
+    return tilewright.fused_linear(
+        x, _weight(case, weight), down=down, up=up, scale=2.0,
+        int8_activations=case.get("a8", False), impl=impl,
+    )  # fmt: skip
+
+
+def truth(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    return ours(case, x, weight, down, up, impl="reference")
+
+
+def stock(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    """torch's linear on the decoded weight: the yardstick of errors, and what PEFT computes."""
+    if case.get("a8"):
+        scale = x.float().abs().amax(1, keepdim=True) / 127
+        x = ((x.float() / scale).round() * scale).to(x.dtype)
+    y = F.linear(x, weight)
+    return y if down is None else y + 2.0 * F.linear(F.linear(x, down), up)
+
+
+def dense_linear(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    """The frozen layer alone, without its update."""
+    return F.linear(x, weight)
+
+
+# --- torch's own packed products, and those of other libraries where they are installed ---
+
+
+def _codes_and_scales(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the case's 4-bit weight: codes (O, I) 0 to 15, and scales (O, G)."""
+    packed = _packed(case["format"], case["O"], case["I"])[0]
+    codes = unpack_codes(packed.codes, packed.format, *packed.shape)
+    return codes, unpack_rows(packed.scales, packed.out_features).float()
+
+
+@functools.lru_cache(maxsize=2)
+def _torch_int4(format: str, n_out: int, n_in: int):
+    codes, scales = _codes_and_scales(dict(format=format, O=n_out, I=n_in))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    both = torch.stack([scales.T, torch.zeros_like(scales.T)], dim=-1)
+    return packed, both.to(torch.bfloat16).contiguous()
+
+
+def torch_int4(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    packed, scales = _torch_int4(case["format"], case["O"], case["I"])
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, scales.to(x.dtype))
+
+
+@functools.lru_cache(maxsize=2)
+def _torch_int8(format: str, n_out: int, n_in: int):
+    """The weight in 8 bits with one scale a row, whatever its own format."""
+    weight = _packed(format, n_out, n_in)[1]
+    scale = weight.abs().amax(1) / 127
+    return (weight / scale[:, None]).round().to(torch.int8).T, scale
+
+
+def torch_int_mm(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    """Rows of x rounded to 8 bits, torch's product of int8, and the scales."""
+    codes, weight_scale = _torch_int8(case["format"], case["O"], case["I"])
+    scale = x.abs().amax(1, keepdim=True) / 127
+    product = torch._int_mm((x / scale).round().to(torch.int8), codes)
+    return (product * (scale.float() * weight_scale)).to(x.dtype)
+
+
+def _installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+@functools.lru_cache(maxsize=2)
+def _bitsandbytes_state(n_out: int, n_in: int):
+    import bitsandbytes.functional as bnb
+
+    weight = _packed("nf4", n_out, n_in)[1]
+    return bnb.quantize_4bit(weight.bfloat16(), blocksize=64, quant_type="nf4")
+
+
+def bitsandbytes_nf4(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    import bitsandbytes as bnb
+
+    codes, state = _bitsandbytes_state(case["O"], case["I"])
+    return bnb.matmul_4bit(x, codes.t(), quant_state=state)
+
+
+@functools.lru_cache(maxsize=2)
+def _onnx_session(n_out: int, n_in: int, threads: int):
+    """onnxruntime's MatMulNBits as a session of one node; accuracy level 4 is activations in 8 bits."""
+    import onnx
+    import onnxruntime
+
+    helper, kinds = onnx.helper, onnx.TensorProto
+    codes, scales = _codes_and_scales(dict(format="int4", O=n_out, I=n_in))
+    pairs = (codes[:, 0::2] | codes[:, 1::2] << 4).view(n_out, n_in // 64, 32)
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=n_in, N=n_out,
+        bits=4, block_size=64, accuracy_level=4,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node], "linear",
+        [helper.make_tensor_value_info("x", kinds.FLOAT, ["T", n_in])],
+        [helper.make_tensor_value_info("y", kinds.FLOAT, ["T", n_out])],
+        [onnx.numpy_helper.from_array(pairs.numpy(), "codes"),
+         onnx.numpy_helper.from_array(scales.flatten().numpy(), "scales")],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # its threads would go on spinning beside the others while those are timed
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def onnx_int4(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    """Activations in 8 bits; float32 in and out."""
+    session = _onnx_session(case["O"], case["I"], torch.get_num_threads())
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def as_float(case: dict, inputs: dict) -> dict:
+    return {**inputs, "x": inputs["x"].float()}
+
+
+def _is(*formats: str, update: bool = False, a8: bool | None = None):
+    def applies(case: dict) -> bool:
+        return (
+            case["format"] in formats
+            and bool(case.get("R")) == update
+            and (a8 is None or case.get("a8", False) == a8)
+        )
+
+    return applies
+
+
+def _onnx_applies(case: dict) -> bool:
+    return case["format"] == "int4" and _installed("onnxruntime", "onnx")
+
+
+def _bitsandbytes_applies(case: dict) -> bool:
+    return case["format"] == "nf4" and not case.get("R") and _installed("bitsandbytes")
+
+
+VARIANTS = {
+    "tilewright": Variant(ours),
+    "torch dense": Variant(dense_linear),
+    "torch unfused": Variant(stock, applies=_is("dense", "nf4", update=True)),
+    "torch int4": Variant(torch_int4, applies=_is("int4")),
+    "torch int_mm": Variant(torch_int_mm, applies=_is("int8", "int4", a8=True)),
+    "bitsandbytes nf4": Variant(bitsandbytes_nf4, applies=_bitsandbytes_applies),
+    "onnxruntime int4": Variant(onnx_int4, prepare=as_float, applies=_onnx_applies),
+}
