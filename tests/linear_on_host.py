@@ -62,6 +62,8 @@ def build(folder: Path) -> ctypes.CDLL:
     loaded.packed_linear.argtypes = [ctypes.POINTER(PackedLinear), ctypes.c_bool]
     loaded.resolve_nested_scales.argtypes = [ctypes.POINTER(NestedScales)]
     loaded.resolve_nested_scales.restype = None
+    assert loaded.packed_linear_bytes() == ctypes.sizeof(PackedLinear)
+    assert loaded.nested_scales_bytes() == ctypes.sizeof(NestedScales)
     return loaded
 
 

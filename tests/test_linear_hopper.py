@@ -4,25 +4,19 @@ What runs is the kernel itself, over stand-ins for the GPU's instructions; see h
 What this cannot see: whether the stand-ins are what the chip does, and races between proxies.
 """
 
-from dataclasses import replace
+import re
 
 import linear_on_host
 import pytest
 import torch
+from linear_hopper_inputs import FOUR_BITS, problem_of, random_weight, stock
 from yardstick import assert_errs_at_most_twice_stock
 
-from tilewright.ops.common.packed import (
-    FORMATS,
-    NestedScales,
-    PackedWeight,
-    decode,
-    pack_codes,
-    pack_rows,
-)
+from tilewright import native
+from tilewright.ops.common.packed import FORMATS, decode
 from tilewright.ops.linear import cuda_hopper, op, reference
-from tilewright.ops.linear.problem import Operands, Problem
+from tilewright.ops.linear.problem import Problem
 
-FOUR_BITS = [name for name, format in FORMATS.items() if format.bits == 4]
 BF16 = torch.bfloat16
 WHERE = {"device": 0, "stream": 0}
 NO_SPLITS = 0  # multiprocessors for which a call is never split
@@ -39,63 +33,6 @@ def library(tmp_path_factory):
 @pytest.fixture(params=[False, True], ids=["products-at-once", "products-late"])
 def module(request, library):
     return linear_on_host.HostModule(library, request.param)
-
-
-def random_weight(
-    n_out, n_in, format="int4", group_size=64, scale_dtype=torch.float32, has_offsets=False,
-    is_reordered=False, is_nested=False,
-) -> PackedWeight:  # fmt: skip
-    groups = -(-n_in // group_size)
-    codes = torch.randint(0, 16, (n_out, n_in), dtype=torch.uint8)
-    scales = pack_rows((0.5 + torch.rand(n_out, groups)).to(scale_dtype))
-    offsets = pack_rows(torch.randn(n_out, groups).to(scale_dtype)) if has_offsets else None
-    order = torch.randperm(n_in).int() if is_reordered else None
-    nested = None
-    if is_nested:
-        scales = pack_rows(torch.randint(0, 256, (n_out, groups), dtype=torch.uint8))
-        block = 5  # crosses the ends of rows
-        absmax = 0.5 + torch.rand(-(-n_out * groups // block))
-        nested = NestedScales(torch.linspace(-0.4, 1.0, 256), absmax, 0.7, block)
-    return PackedWeight(
-        format, n_out, n_in, group_size, pack_codes(codes, format), scales, offsets, order, nested
-    )
-
-
-def problem_of(x, weight, **rest) -> tuple[Operands, Problem]:
-    """The operands and the problem of a call, as api.py would make them."""
-    names = ("bias", "out_scale", "down", "up", "row_adapters", "column_adapters", "column_scales")
-    o = Operands(
-        codes=weight.codes, scales=weight.scales, offsets=weight.offsets,
-        input_order=weight.input_order, **{name: rest.pop(name, None) for name in names},
-    )  # fmt: skip
-    if weight.nested is not None:
-        nested = weight.nested
-        o = replace(o, nested_table=nested.table, nested_absmax=nested.absmax)
-        rest |= {"nested_offset": nested.offset, "nested_block": nested.block}
-    rank = 0 if o.down is None else o.down.shape[0]
-    p = Problem(
-        device="cpu", dtype=x.dtype, tokens=x.shape[0], in_features=x.shape[1],
-        out_features=weight.out_features, rank=rank, format=weight.format,
-        group_size=weight.group_size, **rest,
-    )  # fmt: skip
-    return o, p
-
-
-def stock(x, weight, o: Operands, p: Problem) -> torch.Tensor:
-    """What one would write with torch, in bfloat16."""
-    y = torch.nn.functional.linear(x, decode(weight).to(x.dtype), None)
-    if o.bias is not None:
-        y = y + o.bias.to(x.dtype)
-    if o.out_scale is not None:
-        y = y * o.out_scale.to(x.dtype)
-    if o.down is None:
-        return y
-    hidden = x @ o.down.to(x.dtype).T
-    hidden = hidden.relu() if p.activation == "relu" else hidden
-    if o.row_adapters is None:
-        return y + p.scale * (hidden @ o.up.to(x.dtype).T)
-    hidden = torch.where(o.row_adapters[:, None] == o.column_adapters[None, :], hidden, 0.0)
-    return y + (hidden * o.column_scales).to(x.dtype) @ o.up.to(x.dtype).T
 
 
 def check(module, x, weight, multiprocessors=NO_SPLITS, **rest):
@@ -195,7 +132,7 @@ def test_splits_add_up_in_order(group_size, module):
 @pytest.mark.parametrize("n_tokens", [2, 65])
 def test_bias_and_out_scale(dtype, n_tokens, module):
     weight = random_weight(19, 72, "int4", 72)
-    bias, out_scale = 10 * torch.randn(19).to(dtype), torch.randn(19).to(dtype)
+    bias, out_scale = (500 * torch.randn(19)).to(dtype), torch.randn(19).to(dtype)
     x = torch.randn(n_tokens, 72).to(BF16)
     check(module, x, weight, bias=bias, out_scale=out_scale)
     check(module, x, weight, bias=bias)
@@ -308,15 +245,84 @@ def test_refusals(reason):
 @pytest.mark.parametrize("n_tokens", [1, 16, 17, 33, 65, 129, 4096])
 @pytest.mark.parametrize("n_in", [8, 64, 320, 4096, 14336])
 @pytest.mark.parametrize("has_offsets", [False, True])
-def test_every_split_has_a_step(n_tokens, n_in, has_offsets):
-    p = hopper_problem(tokens=n_tokens, in_features=n_in, group_size=64)
-    cut = cuda_hopper.plan(p, -(-n_in // 64), has_offsets, True, 132)
+@pytest.mark.parametrize("multiprocessors", [78, 120, 132])
+def test_every_split_has_a_step(n_tokens, n_in, has_offsets, multiprocessors):
+    p = hopper_problem(tokens=n_tokens, in_features=n_in, out_features=2048)
+    cut = cuda_hopper.plan(p, -(-n_in // 64), has_offsets, True, multiprocessors)
     steps = -(-n_in // cuda_hopper.INPUTS)
     of_a_split = -(-steps // cut.splits)
     assert 1 <= cut.splits <= cuda_hopper.MAX_SPLITS and (cut.splits - 1) * of_a_split < steps
-    blocks = 32 * -(-n_tokens // cut.tile) * cut.splits
-    assert cut.splits == 1 or blocks <= 132 * (2 if cut.tile <= 32 else 1)
-    assert cuda_hopper.plan(p, -(-n_in // 64), has_offsets, False, 132).splits == 1
+    blocks = 2048 // cuda_hopper.ROWS * -(-n_tokens // cut.tile) * cut.splits
+    assert cut.splits == 1 or blocks <= multiprocessors * (2 if cut.tile <= 32 else 1)
+    unsplit = cuda_hopper.plan(p, -(-n_in // 64), has_offsets, False, multiprocessors)
+    assert unsplit.splits == 1
+
+
+CONSTANTS = {
+    "csrc/linear/linear_hopper.h": {
+        "kPackedRows": cuda_hopper.ROWS,
+        "kPackedInputs": cuda_hopper.INPUTS,
+        "kPackedMaxRank": cuda_hopper.MAX_RANK,
+    },
+    "bindings/cuda_linear.cpp": {"kMaxGrid": cuda_hopper.MAX_TILES},
+}
+
+
+@pytest.mark.parametrize("path", CONSTANTS)
+def test_both_languages_have_the_same_constants(path):
+    text = (linear_on_host.ROOT / path).read_text()
+    found = dict(re.findall(r"constexpr \w+ (\w+) = (\d+);", text))
+    assert {name: int(found[name]) for name in CONSTANTS[path]} == CONSTANTS[path]
+
+
+# what the binding refuses, whoever calls it; addresses are not read before that
+USUAL = dict(
+    tokens=4, in_features=128, out_features=32, x=(1024, 128), codes=1024,
+    scales=(1024, "float32"), offsets=None, group_size=64, groups=2,
+    values=FORMATS["int4"].table, bias=None, out_scale=None, hidden=(1024, 8), up=1024, rank=8,
+    scale=1.0, y=1024, partial=1024, tile=16, sums=True, splits=1, device=0, stream=0,
+)  # fmt: skip
+BINDING_REFUSALS = {
+    "T is 0 and O is 32, need at least 1": dict(tokens=0),
+    "I is 129, need a multiple of 8": dict(in_features=129),
+    f"I is {2**29 + 8}, need a multiple of 8": dict(in_features=2**29 + 8),
+    "no kernel for tile 48 with sums = 1 and counts = 1": dict(tile=48),
+    "no kernel for tile 128 with sums = 1 and counts = 0": dict(
+        tile=128, values=FORMATS["nf4"].table
+    ),
+    "T is 1048561, need at most 65535 tiles of 16": dict(tokens=16 * 65535 + 1),
+    "x is at address 1032, need a multiple of 16": dict(x=(1032, 128)),
+    "x is a null pointer": dict(x=(0, 128)),
+    "rows of x are 132 elements apart, need a multiple of 8 and at least 128": dict(x=(1024, 132)),
+    "rows of x are 120 elements apart": dict(x=(1024, 120)),
+    "codes is at address 1025": dict(codes=1025),
+    "scales is float64, need float32, bfloat16 or float16": dict(scales=(1024, "float64")),
+    "offsets is at address 8": dict(offsets=(8, "float32")),
+    "group_size is 60, need a multiple of 8": dict(group_size=60),
+    "3 groups of 64 inputs do not make up I = 128": dict(groups=3),
+    "1 groups of 64 inputs do not make up I = 128": dict(groups=1),
+    "sums with group_size 32 and no offsets, need a multiple of 64": dict(group_size=32, groups=4),
+    "sums with group_size 64 and offsets": dict(offsets=(1024, "float32")),
+    "splits is 3, need some of 2 steps for each": dict(splits=3),
+    "partial is a null pointer with 2 splits": dict(splits=2, partial=0),
+    "R is 65, need 0 to 64": dict(rank=65),
+    "rows of hidden are 4 elements apart": dict(hidden=(1024, 4)),
+    "scale is 0, need another number": dict(scale=0.0),
+    "2 splits with a low-rank update and out_scale, need 1": dict(
+        splits=2, out_scale=(1024, "float32")
+    ),
+    "y is a null pointer": dict(y=0),
+}
+
+
+@pytest.mark.parametrize("message", BINDING_REFUSALS)
+def test_the_binding_checks_again(message):
+    module, reason = native._load("_cuda")
+    if module is None:
+        pytest.skip(reason)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        module.packed_linear(**{**USUAL, **BINDING_REFUSALS[message]})
+    assert str(raised.value).startswith("packed_linear: ")
 
 
 def test_the_operator_knows_it():

@@ -52,7 +52,12 @@ def why_not(p: Problem) -> str | None:
         return f"I is {p.in_features}, need 1 to {MAX_INPUTS}"
     if p.tokens > MAX_TILES * WEIGHT_TILES[-1]:
         return f"T is {p.tokens}, need at most {MAX_TILES * WEIGHT_TILES[-1]}"
-    return why_not_cuda(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return why_not_cuda(torch.cuda.current_device() if _has_device() else 0)
+
+
+@cache
+def _has_device() -> bool:
+    return torch.cuda.is_available()
 
 
 class Plan(NamedTuple):

@@ -43,6 +43,9 @@ void run_threads(dim3 grid, int threads, Kernel kernel) {
 
 using namespace tw::packed;
 
+extern "C" size_t packed_linear_bytes() { return sizeof(tw::PackedLinear); }
+extern "C" size_t nested_scales_bytes() { return sizeof(tw::NestedScales); }
+
 // 0, or 1 if a tensor map was refused, 2 if the kernel was stuck or broke a rule
 extern "C" int packed_linear(const tw::PackedLinear* call, bool late) {
   Arguments arguments{};

@@ -29,7 +29,7 @@ namespace tw::sm90 {
 
 constexpr uint32_t kSharedBase = 1024;  // where a block's dynamic shared memory starts on the GPU too
 constexpr int kMaxThreads = 384;
-constexpr auto kPatience = std::chrono::seconds(60);
+constexpr auto kPatience = std::chrono::seconds(20);
 
 // One lock for all: nothing here is in a hurry.
 struct Block {
@@ -136,9 +136,14 @@ inline const char* make_map(CUtensorMap* to, CUtensorMapDataType type, const voi
                             int64_t columns, int64_t stride_bytes, int box_rows, int box_columns,
                             CUtensorMapSwizzle swizzle) {
   const bool is_wide = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 || type == CU_TENSOR_MAP_DATA_TYPE_UINT32;
-  const Map map{static_cast<const uint8_t*>(data), rows,        columns,
-                stride_bytes,                      box_rows,    box_columns,
-                is_wide ? 4 : 2,                   swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
+  const Map map{static_cast<const uint8_t*>(data),
+                rows,
+                columns,
+                stride_bytes,
+                box_rows,
+                box_columns,
+                is_wide ? 4 : 2,
+                swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
   const int row_bytes = box_columns * map.element_bytes;
   const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0 && rows > 0 &&
                     columns > 0 && box_rows > 0 && box_rows <= 256 && box_columns > 0 && box_columns <= 256 &&
@@ -231,7 +236,8 @@ void pin(float (&)[COUNT]) {}
 
 // `kernel` is called once in each thread; false if it was stuck or broke a rule.
 template <class Kernel>
-bool run_grid(dim3 grid, int threads, uint8_t* shared, size_t shared_bytes, bool late_products, Kernel kernel) {
+bool run_grid(dim3 grid, int threads, uint8_t* shared, size_t shared_bytes, bool late_products,
+              Kernel kernel) {
   for (uint32_t z = 0; z < grid.z; ++z)
     for (uint32_t y = 0; y < grid.y; ++y)
       for (uint32_t x = 0; x < grid.x; ++x) {
