@@ -49,6 +49,7 @@ struct Arguments {
   CUtensorMap x, codes, scales, offsets, hidden;
   PackedLinear call;
   int steps, split_steps;  // of 64 inputs: in all, and of one split
+  uint32_t group_inputs;   // of a group: group_size, or more than there are inputs
   int box_groups, box_bytes, offset_box_bytes;
   uint32_t base_pair;
 };
@@ -100,6 +101,7 @@ inline const char* prepare(Arguments& to, const PackedLinear& call) {
   to.base_pair = kBasePair;
   to.steps = static_cast<int>((call.in_features + kPackedInputs - 1) / kPackedInputs);
   to.split_steps = (to.steps + call.splits - 1) / call.splits;
+  to.group_inputs = call.groups == 1 ? uint32_t{1} << 31 : static_cast<uint32_t>(call.group_size);
   to.box_groups = static_cast<int>(groups_of_a_step(call.group_size, call.groups));
   const int box = to.box_groups * kLineRows * kRowBlocks;
   to.box_bytes = box * size_of(call.scales.type);
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(Layout<TABLE, SUMS, TOKENS>::kThreads, Layout<
     const int bytes = Here::kXBytes + kCodeBytes + arguments.box_bytes + arguments.offset_box_bytes;
     for (int i = 0; i < count; ++i) {
       const int input = (first_step + i) * kPackedInputs, s = ring.stage;
-      const int column = static_cast<int>(input / call.group_size) * kLineRows;
+      const int column = static_cast<int>(static_cast<uint32_t>(input) / arguments.group_inputs) * kLineRows;
       sm90::barrier_wait(emptied + s, ring.parity ^ 1);
       sm90::barrier_arrive_expect(filled + s, bytes);
       sm90::copy_box(codes + s * kCodeBytes, &arguments.codes, input * 2, row_block, filled + s);
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(Layout<TABLE, SUMS, TOKENS>::kThreads, Layout<
 
   const uint64_t x_tile = sm90::swizzled_tile(sm90::shared_address(x));
   const Decoder<TABLE, SUMS> decoder(table, arguments.base_pair, call.values[0], lane);
-  const uint32_t group_lines = static_cast<uint32_t>(call.group_size / kLineInputs);
+  const uint32_t group_lines = arguments.group_inputs / kLineInputs;
   const int box_groups = arguments.box_groups;
   const int warp_box = warp * box_groups * kLineRows;  // elements before this warp's in a box
   const uint8_t* const warp_scales = scales + warp_box * size_of(call.scales.type);
