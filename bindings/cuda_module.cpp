@@ -6,6 +6,8 @@
 
 namespace py = pybind11;
 
+void register_cuda_linear(py::module_& m);
+
 // The kernels are compiled for sm_90a alone, which no other compute capability can run.
 constexpr int kMajor = 9, kMinor = 0;
 
@@ -33,4 +35,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("version") = TILEWRIGHT_VERSION;
   m.attr("runtime_version") = CUDART_VERSION;  // 1000 * major + 10 * minor
   m.def("why_not", &why_not, py::arg("device") = 0);
+  register_cuda_linear(m);
 }

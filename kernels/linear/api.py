@@ -52,7 +52,8 @@ def fused_linear(
     int8_activations  round x to 8 bits, one scale a row, and multiply whole numbers: quicker with
                       many tokens, adds an error of about 1 % of a row; packed weights but fp8. The
                       gradient is that of the product without rounding
-    impl              "auto", "reference", "cpp_cpu" or "triton_gpu"
+    impl              "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"; the last has no
+                      backward: with "auto" triton_gpu takes it, and if named the backward raises
 
     Returns (..., O) in x.dtype: float32, bfloat16 or float16 (float64: reference only). Sums are
     float32; packed weights are decoded tile by tile, forward and backward, and never as a whole.
@@ -305,6 +306,12 @@ def _reference_why_not(problem) -> str | None:
     return None
 
 
+def _cuda_hopper_why_not(problem) -> str | None:
+    from tilewright.ops.linear import cuda_hopper
+
+    return cuda_hopper.why_not(problem)
+
+
 def _cpp_cpu_why_not(problem) -> str | None:
     from tilewright.ops.linear import cpp_cpu
 
@@ -320,6 +327,7 @@ def _triton_gpu_why_not(problem) -> str | None:
 
 
 _CANDIDATES = (
+    choose.Implementation("cuda_hopper", _cuda_hopper_why_not),
     choose.Implementation("triton_gpu", _triton_gpu_why_not),
     choose.Implementation("cpp_cpu", _cpp_cpu_why_not),
     choose.Implementation("reference", _reference_why_not),

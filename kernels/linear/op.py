@@ -62,6 +62,10 @@ def _implementation(name: str):
         from tilewright.ops.linear import cpp_cpu
 
         return cpp_cpu
+    if name == "cuda_hopper":
+        from tilewright.ops.linear import cuda_hopper
+
+        return cuda_hopper
     if name == "triton_gpu":
         from tilewright.ops.linear import triton_gpu
 
