@@ -76,17 +76,22 @@ def _forward_tiles(capability, p: Problem) -> Tiles:
     if p.tokens <= 32:
         return Tiles(64, 32, 128, 4, 3)
     if p.tokens <= FEW_TOKENS:
-        return Tiles(128, 64, 64, 4, 3)
+        return Tiles(64, 64, 128, 4, 3)
+    if capability < (9, 0) and p.format in ("int8", "fp8"):
+        # every warp along the tokens decodes its own copy of the weight
+        return Tiles(128, 64, 64, 8, 3)
     return Tiles(128, 128, 64, 8, 3)
 
 
-def dx_tiles(capability, p: Problem) -> Tiles:
+def dx_tiles(capability, p: Problem, has_order: bool) -> Tiles:
     if capability is None:
         return Tiles(32, 16, 32, 4, 1)
     if p.dtype == torch.float32:
         return Tiles(32, 64, 64, 8, 2)
     if p.tokens <= FEW_TOKENS:
         return Tiles(64, block(p.tokens, 16, 64), 64, 4, 3)
+    if has_order and p.dropout_p:  # four words of Philox for each element
+        return Tiles(64, 64, 64, 8, 3)
     return Tiles(64, 128, 128, 8, 3)
 
 
@@ -99,7 +104,7 @@ def narrow_tiles(capability, n_rows: int) -> NarrowTiles:
 
 
 def split(capability, n_tiles: int, extent: int, step: int, is_narrow: bool) -> tuple[int, int]:
-    """(number of splits of a contraction, extent of one): enough programs to hide latency.
+    """(number of splits of a contraction, steps of each): enough programs to hide latency.
 
     is_narrow   the time is that of memory; else one program a processor is enough
     """
@@ -111,4 +116,4 @@ def split(capability, n_tiles: int, extent: int, step: int, is_narrow: bool) -> 
     else:
         wanted = min(PROCESSORS // max(n_tiles, 1), n_steps // 8)
     steps = -(-n_steps // max(min(wanted, n_steps), 1))
-    return -(-n_steps // steps), steps * step
+    return -(-n_steps // steps), steps

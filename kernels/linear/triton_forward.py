@@ -58,7 +58,7 @@ def linear_forward_kernel(
     absmax_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr, partial_ptr,
     x_stride_t, x_stride_i, weight_stride_o, weight_stride_i, up_stride_o, up_stride_r,
     n_tokens, n_in, n_out, rank, n_groups, group_size, n_lines, nested_block, n_splits,
-    split_inputs, nested_offset, unit, scale,
+    split_steps, nested_offset, unit, scale,
     FORMAT: tl.constexpr, TABLE: tl.constexpr, ONE_GROUP: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
@@ -68,8 +68,8 @@ def linear_forward_kernel(
     x (T, I), up (O, R) any strides   W as in load_weight   y (T, O), hidden (T, R) contiguous
     order (I,)         column j of a packed W belongs to input order[j]
     row_scales (T,)    x holds whole numbers (int8), and `unit` is that of the codes
-    partial (splits, T, O) float32: if not None, receives the sums over each split_inputs inputs,
-                       and y, bias and the rest are left to linear_forward_finish_kernel
+    partial (splits, T, O) float32: if not None, receives the sums over each split_steps tiles of
+                       inputs, and y, bias and the rest are left to linear_forward_finish_kernel
 
     W is the first operand, since only that one can come from registers on Hopper.
     """
@@ -79,8 +79,8 @@ def linear_forward_kernel(
         pid // n_splits, tl.cdiv(n_out, BLOCK_O), tl.cdiv(n_tokens, BLOCK_T), GROUP
     )
     o_start, t_start = o_tile * BLOCK_O, t_tile * BLOCK_T
-    begin = split * split_inputs
-    end = tl.minimum(begin + split_inputs, n_in)
+    begin = split * split_steps * BLOCK_I
+    end = tl.minimum(begin + split_steps * BLOCK_I, n_in)
     by_eight_bits: tl.constexpr = row_scales_ptr is not None
     kind: tl.constexpr = x_ptr.dtype.element_ty
     table = table_values(TABLE, tl.int32 if by_eight_bits else tl.float32)

@@ -85,7 +85,7 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
         row_scales = torch.empty(p.tokens, dtype=torch.float32, device=x.device)
         launches.append(_quantize_launch(x, operand, row_scales, capability))
     n_tiles = -(-p.out_features // tiles.out) * -(-p.tokens // tiles.tokens)
-    n_splits, split_inputs = config.split(
+    n_splits, split_steps = config.split(
         capability, n_tiles, p.in_features, tiles.inputs, p.tokens <= config.FEW_TOKENS
     )
     partial = None
@@ -105,7 +105,7 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
         "x_ptr": operand, "row_scales_ptr": row_scales, "partial_ptr": partial,
         "x_stride_t": operand.stride(0), "x_stride_i": operand.stride(1),
         **_weight_arguments(o, p, tiles.inputs), "unit": unit, "TABLE": table,
-        "split_inputs": split_inputs, **last,
+        "split_steps": split_steps, **last,
         "BLOCK_O": tiles.out, "BLOCK_T": tiles.tokens, "BLOCK_I": tiles.inputs, "GROUP": _GROUP,
     }  # fmt: skip
     if partial is not None:  # all that comes after the sums is the second pass's
@@ -176,7 +176,7 @@ def _product(
     tiles = config.narrow_tiles(capability, n_rows)
     block_r = config.rank_block(rank)
     n_tiles = -(-n_rows // tiles.rows) * -(-rank // block_r)
-    n_splits, split_k = config.split(capability, n_tiles, n_k, tiles.k, True)
+    n_splits, split_steps = config.split(capability, n_tiles, n_k, tiles.k, True)
     device = out.device
     partial = torch.empty(n_splits, n_rows, rank, dtype=torch.float32, device=device)
     arguments = {
@@ -184,9 +184,10 @@ def _product(
         "partial_ptr": partial, "seed_ptr": seed,
         "wide_stride_row": wide.matrix.stride(0), "wide_stride_k": wide.matrix.stride(1),
         "narrow_stride_k": narrow.stride(0), "narrow_stride_r": narrow.stride(1),
-        "n_rows": n_rows, "n_k": n_k, "rank": rank, "n_splits": n_splits, "split_k": split_k,
-        "threshold": threshold, "ROWS_BY_16": wide.rows_by_16, "K_BY_16": wide.k_by_16,
-        "DROPOUT": wide.dropout, "BLOCK_ROWS": tiles.rows, "BLOCK_K": tiles.k, "BLOCK_R": block_r,
+        "n_rows": n_rows, "n_k": n_k, "rank": rank, "n_splits": n_splits,
+        "split_steps": split_steps, "threshold": threshold,
+        "ROWS_BY_16": wide.rows_by_16, "K_BY_16": wide.k_by_16, "DROPOUT": wide.dropout,
+        "BLOCK_ROWS": tiles.rows, "BLOCK_K": tiles.k, "BLOCK_R": block_r,
     }  # fmt: skip
     first = Launch(linear_narrow_kernel, n_tiles * n_splits, arguments, tiles.num_warps,
                    tiles.num_stages, device)  # fmt: skip
@@ -236,7 +237,7 @@ def _dhidden_launches(dy, hidden, dhidden, o: Operands, p: Problem, capability) 
 def _dx_launches(dy, dhidden, dx, o: Operands, p: Problem, capability) -> list[Launch]:
     if p.tokens == 0:
         return []
-    tiles = config.dx_tiles(capability, p)
+    tiles = config.dx_tiles(capability, p, o.input_order is not None)
     down = None if dhidden is None else _narrow(o.down, dx.dtype)
     dropout = _dropout(o, p, dx)
     _, table = _codes(p, by_eight_bits=False)
@@ -262,12 +263,12 @@ def _dx_launches(dy, dhidden, dx, o: Operands, p: Problem, capability) -> list[L
 def _dbias_launches(dy, dbias, o: Operands, p: Problem, capability) -> list[Launch]:
     rows, columns = (16, 32) if capability is None else (32, 128)
     n_tiles = -(-p.out_features // columns)
-    n_splits, split_tokens = config.split(capability, n_tiles, p.tokens, rows, True)
+    n_splits, split_steps = config.split(capability, n_tiles, p.tokens, rows, True)
     partial = torch.empty(n_splits, 1, p.out_features, dtype=torch.float32, device=dy.device)
     arguments = {
         "dy_ptr": dy, "partial_ptr": partial, "dy_stride_t": dy.stride(0),
         "dy_stride_o": dy.stride(1), "n_tokens": p.tokens, "n_out": p.out_features,
-        "split_tokens": split_tokens, "n_splits": n_splits, "BLOCK_T": rows, "BLOCK_O": columns,
+        "split_steps": split_steps, "n_splits": n_splits, "BLOCK_T": rows, "BLOCK_O": columns,
     }  # fmt: skip
     return [
         Launch(linear_column_sums_kernel, n_tiles * n_splits, arguments, device=dy.device),

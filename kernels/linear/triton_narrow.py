@@ -20,7 +20,7 @@ COLUMNS_ARE_TOKENS = tl.constexpr(2)
 def linear_narrow_kernel(
     wide_ptr, narrow_ptr, partial_ptr, seed_ptr,
     wide_stride_row, wide_stride_k, narrow_stride_k, narrow_stride_r,
-    n_rows, n_k, rank, n_splits, split_k, threshold,
+    n_rows, n_k, rank, n_splits, split_steps, threshold,
     ROWS_BY_16: tl.constexpr, K_BY_16: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -31,16 +31,16 @@ def linear_narrow_kernel(
     ..._BY_16   that extent is a multiple of 16, so that masks do not narrow the loads
     """
     if ROWS_BY_16:
-        n_rows = tl.multiple_of(n_rows, 16)
+        n_rows = n_rows // 16 * 16
     if K_BY_16:
-        n_k = tl.multiple_of(n_k, 16)
+        n_k = n_k // 16 * 16
     pid = tl.program_id(0)
     split = pid % n_splits
     n_tiles = tl.cdiv(rank, BLOCK_R)
     r_start = pid // n_splits % n_tiles * BLOCK_R
     row_start = pid // n_splits // n_tiles * BLOCK_ROWS
-    begin = split * split_k
-    end = tl.minimum(begin + split_k, n_k)
+    begin = split * split_steps * BLOCK_K
+    end = tl.minimum(begin + split_steps * BLOCK_K, n_k)
     seed = 0
     if DROPOUT != NONE:
         seed = tl.load(seed_ptr)
@@ -120,15 +120,15 @@ def linear_sum_splits_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_column_sums_kernel(
-    dy_ptr, partial_ptr, dy_stride_t, dy_stride_o, n_tokens, n_out, split_tokens, n_splits,
+    dy_ptr, partial_ptr, dy_stride_t, dy_stride_o, n_tokens, n_out, split_steps, n_splits,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """partial[s, o] = sum over the tokens of split s of dy[t, o], float32: the gradient of bias."""
     split = tl.program_id(0) % n_splits
     o_start = tl.program_id(0) // n_splits * BLOCK_O
-    end = tl.minimum((split + 1) * split_tokens, n_tokens)
+    end = tl.minimum((split + 1) * split_steps * BLOCK_T, n_tokens)
     acc = tl.zeros((BLOCK_O,), dtype=tl.float32)
-    for t in tl.range(split * split_tokens, end, BLOCK_T):
+    for t in tl.range(split * split_steps * BLOCK_T, end, BLOCK_T):
         dy = load_tile(dy_ptr, t, end, o_start, n_out, dy_stride_t, dy_stride_o, BLOCK_T, BLOCK_O)
         acc += tl.sum(dy.to(tl.float32), 0)
     columns = o_start + tl.arange(0, BLOCK_O)

@@ -11,7 +11,7 @@ import triton.language as tl
 # Triton compiles a kernel anew where an integer is 1 or a multiple of 16. The features of a layer
 # stay the same from call to call; these would only multiply the kernels.
 SIZES = (
-    "n_tokens", "n_rows", "n_k", "n_splits", "split_inputs", "split_k", "split_tokens", "threshold",
+    "n_tokens", "n_rows", "n_k", "n_splits", "split_steps", "threshold",
     "group_size", "nested_block", "n_groups", "n_lines", "rank",
 )  # fmt: skip
 
@@ -109,58 +109,52 @@ def load_scales(
 
 
 @triton.jit
-def value_at(
-    words, scales, offsets, table, PLACE: tl.constexpr, FORMAT: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """The weights in nibble or byte number PLACE of each word; whole numbers if KIND is int8."""
-    if FORMAT == "fp8":
-        # e4m3: 4 exponent bits of bias 7 become float32's 8 of bias 127, subnormals included
-        bits = (words >> (8 * PLACE)) & 255
-        spread = ((bits & 128) << 24) | ((bits & 127) << 20)
-        value = spread.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-        value = tl.where((bits & 127) == 127, float("nan"), value)
-    elif FORMAT == "int8":
-        value = (words << (24 - 8 * PLACE)) >> 24
-    else:
-        value = (words >> (4 * PLACE)) & 15
-        if FORMAT == "int4":
-            value = value - 8
-        elif FORMAT != "uint4":
-            flat = value.reshape(words.shape[0] * words.shape[1])
-            value = tl.gather(table, flat, 0).reshape(words.shape[0], words.shape[1])
-    if KIND != tl.int8:
-        value = value.to(tl.float32) * scales
-        if HAS_OFFSETS:
-            value = value + offsets
-    return value.to(KIND)
-
-
-@triton.jit
-def decoded(
-    words, scales, offsets, table, FORMAT: tl.constexpr, HAS_OFFSETS: tl.constexpr,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """(O, lines) words -> the weights (O, inputs) in KIND."""
-    w0 = value_at(words, scales, offsets, table, 0, FORMAT, HAS_OFFSETS, KIND)
-    w1 = value_at(words, scales, offsets, table, 1, FORMAT, HAS_OFFSETS, KIND)
-    w2 = value_at(words, scales, offsets, table, 2, FORMAT, HAS_OFFSETS, KIND)
-    w3 = value_at(words, scales, offsets, table, 3, FORMAT, HAS_OFFSETS, KIND)
-    weights = quad(w0, w1, w2, w3)
-    if FORMAT != "int8" and FORMAT != "fp8":
-        w4 = value_at(words, scales, offsets, table, 4, FORMAT, HAS_OFFSETS, KIND)
-        w5 = value_at(words, scales, offsets, table, 5, FORMAT, HAS_OFFSETS, KIND)
-        w6 = value_at(words, scales, offsets, table, 6, FORMAT, HAS_OFFSETS, KIND)
-        w7 = value_at(words, scales, offsets, table, 7, FORMAT, HAS_OFFSETS, KIND)
-        # nibble n holds input 2 n, nibble 4 + n input 2 n + 1
-        weights = tl.interleave(weights, quad(w4, w5, w6, w7))
-    return weights
-
-
-@triton.jit
 def quad(a, b, c, d):
     """Four tensors side by side: a0, b0, c0, d0, a1, ... along the last axis."""
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def codes_of(words, FORMAT: tl.constexpr):
+    """(O, lines) words -> the codes (O, inputs), int32."""
+    if FORMAT == "int8" or FORMAT == "fp8":
+        return quad(words & 255, (words >> 8) & 255, (words >> 16) & 255, (words >> 24) & 255)
+    else:
+        # nibble n holds input 2 n, nibble 4 + n input 2 n + 1
+        even = quad(words & 15, (words >> 4) & 15, (words >> 8) & 15, (words >> 12) & 15)
+        words = words >> 16
+        odd = quad(words & 15, (words >> 4) & 15, (words >> 8) & 15, (words >> 12) & 15)
+        return tl.interleave(even, odd)
+
+
+@triton.jit
+def values_of(codes, table, FORMAT: tl.constexpr):
+    """Codes -> their values without scale, whole numbers where the format has them."""
+    if FORMAT == "fp8":
+        # e4m3: 4 exponent bits of bias 7 become float32's 8 of bias 127, subnormals included
+        spread = ((codes & 128) << 24) | ((codes & 127) << 20)
+        value = spread.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+        return tl.where((codes & 127) == 127, float("nan"), value)
+    elif FORMAT == "int8":
+        return (codes << 24) >> 24
+    elif FORMAT == "int4":
+        return codes - 8
+    elif FORMAT == "uint4":
+        return codes
+    else:  # one look-up for the whole tile: each costs two barriers
+        flat = codes.reshape(codes.shape[0] * codes.shape[1])
+        return tl.gather(table, flat, 0).reshape(codes.shape[0], codes.shape[1])
+
+
+@triton.jit
+def of_each_input(scales, INPUTS: tl.constexpr):
+    """(O, lines) or (O, 1) scales -> what can be multiplied by (O, INPUTS) values."""
+    if scales.shape[1] == 1:
+        return scales
+    else:
+        width: tl.constexpr = INPUTS // scales.shape[1]
+        wide = tl.broadcast_to(scales[:, :, None], (scales.shape[0], scales.shape[1], width))
+        return wide.reshape(scales.shape[0], INPUTS)
 
 
 @triton.jit
@@ -199,5 +193,9 @@ def load_weight(
             offsets = load_scales(
                 offsets_ptr, None, None, 1, 0.0, o_start, n_out, groups, n_groups, BLOCK_O
             )
-        weights = decoded(words, scales, offsets, table, FORMAT, offsets_ptr is not None, KIND)
-        return weights, scales, offsets
+        weights = values_of(codes_of(words, FORMAT), table, FORMAT)
+        if KIND != tl.int8:
+            weights = weights.to(tl.float32) * of_each_input(scales, BLOCK_I)
+            if offsets_ptr is not None:
+                weights += of_each_input(offsets, BLOCK_I)
+        return weights.to(KIND), scales, offsets
