@@ -83,7 +83,7 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
     if p.int8_activations:
         operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         row_scales = torch.empty(p.tokens, dtype=torch.float32, device=x.device)
-        launches.append(_quantize_launch(x, operand, row_scales, capability))
+        launches.append(quantize_launch(x, operand, row_scales, capability))
     n_tiles = -(-p.out_features // tiles.out) * -(-p.tokens // tiles.tokens)
     n_splits, split_steps = config.split(
         capability, n_tiles, p.in_features, tiles.inputs, p.tokens <= config.FEW_TOKENS
@@ -279,7 +279,7 @@ def _dbias_launches(dy, dbias, o: Operands, p: Problem, capability) -> list[Laun
     ]  # fmt: skip
 
 
-def _quantize_launch(x, codes, row_scales, capability) -> Launch:
+def quantize_launch(x, codes, row_scales, capability) -> Launch:
     arguments = {
         "x_ptr": x, "codes_ptr": codes, "row_scales_ptr": row_scales,
         "x_stride_t": x.stride(0), "x_stride_i": x.stride(1), "n_in": x.shape[1],

@@ -67,7 +67,7 @@ def table_values(TABLE: tl.constexpr, KIND: tl.constexpr):
         places = tl.arange(0, 16)
         values = tl.zeros((16,), dtype=KIND)
         for n in tl.static_range(16):
-            values = tl.where(places == n, tl.full((16,), TABLE[n], dtype=KIND), values)
+            values = tl.where(places == n, TABLE[n], values)
     return values
 
 
@@ -109,22 +109,23 @@ def load_scales(
 
 
 @triton.jit
-def quad(a, b, c, d):
-    """Four tensors side by side: a0, b0, c0, d0, a1, ... along the last axis."""
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-
-
-@triton.jit
 def codes_of(words, FORMAT: tl.constexpr):
     """(O, lines) words -> the codes (O, inputs), int32."""
     if FORMAT == "int8" or FORMAT == "fp8":
-        return quad(words & 255, (words >> 8) & 255, (words >> 16) & 255, (words >> 24) & 255)
+        # byte 2 x + y at [..., x, y]
+        even = tl.join(words & 255, (words >> 16) & 255)
+        odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
+        return tl.join(even, odd).reshape(words.shape[0], 4 * words.shape[1])
     else:
-        # nibble n holds input 2 n, nibble 4 + n input 2 n + 1
-        even = quad(words & 15, (words >> 4) & 15, (words >> 8) & 15, (words >> 12) & 15)
+        # nibble 2 x + y + 4 z, which is input 4 x + 2 y + z, at [..., x, y, z]
+        low = tl.join(
+            tl.join(words & 15, (words >> 8) & 15), tl.join((words >> 4) & 15, (words >> 12) & 15)
+        )
         words = words >> 16
-        odd = quad(words & 15, (words >> 4) & 15, (words >> 8) & 15, (words >> 12) & 15)
-        return tl.interleave(even, odd)
+        high = tl.join(
+            tl.join(words & 15, (words >> 8) & 15), tl.join((words >> 4) & 15, (words >> 12) & 15)
+        )
+        return tl.join(low, high).reshape(words.shape[0], 8 * words.shape[1])
 
 
 @triton.jit
