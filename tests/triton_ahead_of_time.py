@@ -23,7 +23,7 @@ DTYPE_NAMES = {
     torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 # how SASS names what we count: local memory (spills), tensor cores, bulk and asynchronous copies
-COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS", "MUFU")
+COUNTED = ("STL", "LDL", "HGMMA", "IGMMA", "HMMA", "IMMA", "UTMALDG", "LDGSTS", "MUFU")
 # bytes of shared memory that one block can be given; 8.0 stands for 8.6, 8.9 and 12.0 too, which
 # have less of it than the 163 KiB of an A100
 SHARED_BYTES = {(8, 0): 99 * 1024, (9, 0): 227 * 1024}

@@ -61,7 +61,8 @@ def linear_dx_kernel(
         inputs = tl.load(order_ptr + columns, mask=is_column, other=0)
     if dhidden_ptr is not None:
         update = tl.zeros((BLOCK_T, BLOCK_I), dtype=tl.float32)
-        for r in tl.range(0, rank, BLOCK_R):
+        # one iteration as a rule: stages would only cost registers
+        for r in tl.range(0, rank, BLOCK_R, num_stages=1):
             dhidden = load_tile(dhidden_ptr, t_start, n_tokens, r, rank, rank, 1, BLOCK_T, BLOCK_R)
             down = load_gathered(
                 down_ptr, r, rank, inputs, is_column, down_stride_r, down_stride_i, BLOCK_R

@@ -43,7 +43,7 @@ def block(n: int, least: int, most: int) -> int:
 
 
 def rank_block(rank: int) -> int:
-    return block(rank, 16, 64)
+    return block(rank, 16, 32)
 
 
 def groups_of(p: Problem) -> int:

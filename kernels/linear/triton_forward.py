@@ -33,7 +33,8 @@ def store_finished(
     if hidden_ptr is not None:
         kind: tl.constexpr = hidden_ptr.dtype.element_ty
         update = tl.zeros((BLOCK_O, BLOCK_T), dtype=tl.float32)
-        for r in tl.range(0, rank, BLOCK_R):
+        # one iteration as a rule: stages would only cost registers
+        for r in tl.range(0, rank, BLOCK_R, num_stages=1):
             hidden = load_tile(hidden_ptr, t_start, n_tokens, r, rank, rank, 1, BLOCK_T, BLOCK_R)
             if column_scales_ptr is not None:
                 columns = r + tl.arange(0, BLOCK_R)

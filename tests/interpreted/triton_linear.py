@@ -2,7 +2,7 @@
 
 Run by tests/test_linear_triton.py in a process of its own: TRITON_INTERPRET has to be 1 before
 triton is imported, and other tests need the real compiler. The name keeps pytest from collecting
-this file by itself. A tile has 16 tokens, 32 outputs and 32 inputs, and 64 columns of rank at most,
+this file by itself. A tile has 16 tokens, 32 outputs and 32 inputs, and 32 columns of rank at most,
 so that these sizes have whole tiles, tiles that cross an end, and none. Narrow products are cut
 into three splits, the base product into none; test_splits cuts that as well.
 """
@@ -224,7 +224,7 @@ def test_the_dropped_elements_are_philox_words(seed, order):
 
 def transposed(t):
     """The same values with the axes exchanged in memory."""
-    return t.T.contiguous().T
+    return t.t().contiguous().t()
 
 
 def every_second(t):
