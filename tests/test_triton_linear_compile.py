@@ -47,6 +47,8 @@ FORWARD = {
        for T in (1, 64) for format in ("nf4", "fp8")},
     "1 row, dense": LAYER.with_(T=1),
     "1 row, int4": PACKED.with_(T=1, format="int4"),
+    "1 row, int4, groups of 128": PACKED.with_(T=1, format="int4", group=128),
+    "32 rows, uint4": PACKED.with_(T=32, format="uint4", has_offsets=True),
     "1 row, nf4, nested, input order": NF4.with_(T=1, scales="nested", has_order=True),
     "1 row, int4, int8 activations": PACKED.with_(T=1, format="int4", int8_activations=True),
     "int4, int8 activations": PACKED.with_(format="int4", int8_activations=True),

@@ -49,7 +49,7 @@ def linear_dx_kernel(
             weight_ptr, scales_ptr, offsets_ptr, nested_table_ptr, absmax_ptr, table,
             weight_stride_o, weight_stride_i, nested_block, nested_offset, n_groups, group_size,
             n_lines, o, n_out, i_start, n_in,
-            FORMAT, ONE_GROUP, BLOCK_O, BLOCK_I, kind,
+            FORMAT, ONE_GROUP, True, BLOCK_O, BLOCK_I, kind,
         )  # fmt: skip
         acc = tl.dot(dy, weights, acc, input_precision="ieee")
 

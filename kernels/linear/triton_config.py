@@ -55,6 +55,17 @@ def has_one_group(p: Problem, inputs: int) -> bool:
     return p.format == DENSE or groups_of(p) == 1 or p.group_size % inputs == 0
 
 
+def has_late_scales(capability, p: Problem, tiles: Tiles) -> bool:
+    """Whether to multiply a tile's sums by its scales instead of its weights: fewer operations as
+    long as there are fewer tokens than inputs. Not in float32, where an offset would cancel what
+    the sums have lost."""
+    if p.int8_activations:
+        return True
+    most = 16 if capability is None else 32
+    is_few = p.tokens <= most and p.format != DENSE and p.dtype != torch.float32
+    return is_few and has_one_group(p, tiles.inputs)
+
+
 def forward_tiles(capability, p: Problem) -> Tiles:
     tiles = _forward_tiles(capability, p)
     if not p.int8_activations:
@@ -71,10 +82,12 @@ def _forward_tiles(capability, p: Problem) -> Tiles:
         return Tiles(32, 16, 32, 4, 1)
     if p.dtype == torch.float32:
         return Tiles(64, 16, 64, 4, 2) if p.tokens <= 16 else Tiles(64, 64, 32, 8, 2)
-    if p.tokens <= 16:
-        return Tiles(64, 16, 128, 4, 4)
     if p.tokens <= 32:
-        return Tiles(64, 32, 128, 4, 3)
+        tokens = block(p.tokens, 16, 32)
+        if p.format in ("int8", "fp8", DENSE) or not has_one_group(p, 64):
+            return Tiles(64, tokens, 128, 4, 3)
+        # with late scales, a thread's share of a tile can be twice as large
+        return Tiles(128, tokens, 128 if tokens == 16 and has_one_group(p, 128) else 64, 4, 3)
     if p.tokens <= FEW_TOKENS:
         return Tiles(64, 64, 128, 4, 3)
     if capability < (9, 0) and p.format in ("int8", "fp8"):

@@ -60,7 +60,7 @@ def linear_forward_kernel(
     x_stride_t, x_stride_i, weight_stride_o, weight_stride_i, up_stride_o, up_stride_r,
     n_tokens, n_in, n_out, rank, n_groups, group_size, n_lines, nested_block, n_splits,
     split_steps, nested_offset, unit, scale,
-    FORMAT: tl.constexpr, TABLE: tl.constexpr, ONE_GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, TABLE: tl.constexpr, ONE_GROUP: tl.constexpr, LATE_SCALES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +69,7 @@ def linear_forward_kernel(
     x (T, I), up (O, R) any strides   W as in load_weight   y (T, O), hidden (T, R) contiguous
     order (I,)         column j of a packed W belongs to input order[j]
     row_scales (T,)    x holds whole numbers (int8), and `unit` is that of the codes
+    LATE_SCALES        scales multiply the sums of a tile, which all share one, not its weights
     partial (splits, T, O) float32: if not None, receives the sums over each split_steps tiles of
                        inputs, and y, bias and the rest are left to linear_forward_finish_kernel
 
@@ -103,13 +104,16 @@ def linear_forward_kernel(
             weight_ptr, scales_ptr, offsets_ptr, nested_table_ptr, absmax_ptr, table,
             weight_stride_o, weight_stride_i, nested_block, nested_offset, n_groups, group_size,
             n_lines, o_start, n_out, i, n_in,
-            FORMAT, ONE_GROUP, BLOCK_O, BLOCK_I, kind,
+            FORMAT, ONE_GROUP, not LATE_SCALES, BLOCK_O, BLOCK_I, kind,
         )  # fmt: skip
-        if by_eight_bits:
-            sums = tl.dot(weights, tl.trans(x_tile), out_dtype=tl.int32)
-            acc += sums.to(tl.float32) * (scales * unit)
+        if LATE_SCALES:
+            sum_kind: tl.constexpr = tl.int32 if by_eight_bits else tl.float32
+            sums = tl.dot(weights, tl.trans(x_tile), input_precision="ieee", out_dtype=sum_kind).to(
+                tl.float32
+            )
+            acc += sums * (scales * unit)
             if offsets_ptr is not None:
-                acc += offsets * tl.sum(x_tile.to(tl.int32), 1).to(tl.float32)[None, :]
+                acc += offsets * tl.sum(x_tile.to(sum_kind), 1).to(tl.float32)[None, :]
         else:
             acc = tl.dot(weights, tl.trans(x_tile), acc, input_precision="ieee")
 

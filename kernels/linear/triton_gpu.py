@@ -105,6 +105,7 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
         "x_ptr": operand, "row_scales_ptr": row_scales, "partial_ptr": partial,
         "x_stride_t": operand.stride(0), "x_stride_i": operand.stride(1),
         **_weight_arguments(o, p, tiles.inputs), "unit": unit, "TABLE": table,
+        "LATE_SCALES": config.has_late_scales(capability, p, tiles),
         "split_steps": split_steps, **last,
         "BLOCK_O": tiles.out, "BLOCK_T": tiles.tokens, "BLOCK_I": tiles.inputs, "GROUP": _GROUP,
     }  # fmt: skip

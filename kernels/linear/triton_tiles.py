@@ -109,6 +109,17 @@ def load_scales(
 
 
 @triton.jit
+def side_by_side(n0, n1, n2, n3, n4, n5, n6, n7):
+    """The eight nibbles of each word -> (O, inputs).
+
+    Nibble 2 x + y + 4 z, which is input 4 x + 2 y + z, is at [..., x, y, z] before the reshape.
+    """
+    low = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    high = tl.join(tl.join(n4, n6), tl.join(n5, n7))
+    return tl.join(low, high).reshape(n0.shape[0], 8 * n0.shape[1])
+
+
+@triton.jit
 def codes_of(words, FORMAT: tl.constexpr):
     """(O, lines) words -> the codes (O, inputs), int32."""
     if FORMAT == "int8" or FORMAT == "fp8":
@@ -117,34 +128,58 @@ def codes_of(words, FORMAT: tl.constexpr):
         odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
         return tl.join(even, odd).reshape(words.shape[0], 4 * words.shape[1])
     else:
-        # nibble 2 x + y + 4 z, which is input 4 x + 2 y + z, at [..., x, y, z]
-        low = tl.join(
-            tl.join(words & 15, (words >> 8) & 15), tl.join((words >> 4) & 15, (words >> 12) & 15)
-        )
-        words = words >> 16
-        high = tl.join(
-            tl.join(words & 15, (words >> 8) & 15), tl.join((words >> 4) & 15, (words >> 12) & 15)
-        )
-        return tl.join(low, high).reshape(words.shape[0], 8 * words.shape[1])
+        upper = words >> 16
+        return side_by_side(
+            words & 15, (words >> 4) & 15, (words >> 8) & 15, (words >> 12) & 15,
+            upper & 15, (upper >> 4) & 15, (upper >> 8) & 15, (upper >> 12) & 15,
+        )  # fmt: skip
 
 
 @triton.jit
-def values_of(codes, table, FORMAT: tl.constexpr):
-    """Codes -> their values without scale, whole numbers where the format has them."""
-    if FORMAT == "fp8":
-        # e4m3: 4 exponent bits of bias 7 become float32's 8 of bias 127, subnormals included
-        spread = ((codes & 128) << 24) | ((codes & 127) << 20)
-        value = spread.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-        return tl.where((codes & 127) == 127, float("nan"), value)
-    elif FORMAT == "int8":
-        return (codes << 24) >> 24
-    elif FORMAT == "int4":
-        return codes - 8
-    elif FORMAT == "uint4":
-        return codes
-    else:  # one look-up for the whole tile: each costs two barriers
-        flat = codes.reshape(codes.shape[0] * codes.shape[1])
-        return tl.gather(table, flat, 0).reshape(codes.shape[0], codes.shape[1])
+def nibble_as_float(words, PLACE: tl.constexpr, ZERO: tl.constexpr):
+    """Nibble number PLACE, 0 to 4, minus ZERO in float32, in two instructions.
+
+    In the mantissa of 2**23 the nibble is 16**PLACE times its value; all steps are exact.
+    """
+    bits = (words & (15 << (4 * PLACE))) | 0x4B000000
+    unit: tl.constexpr = 1.0 / (1 << (4 * PLACE))
+    return bits.to(tl.float32, bitcast=True) * unit - (8388608.0 * unit + ZERO)
+
+
+@triton.jit
+def whole_numbers(words, ZERO: tl.constexpr):
+    """(O, lines) words -> the codes minus ZERO (O, inputs), float32."""
+    upper = words >> 12
+    return side_by_side(
+        nibble_as_float(words, 0, ZERO), nibble_as_float(words, 1, ZERO),
+        nibble_as_float(words, 2, ZERO), nibble_as_float(words, 3, ZERO),
+        nibble_as_float(words, 4, ZERO), nibble_as_float(upper, 2, ZERO),
+        nibble_as_float(upper, 3, ZERO), nibble_as_float(upper, 4, ZERO),
+    )  # fmt: skip
+
+
+@triton.jit
+def values_of(words, table, FORMAT: tl.constexpr, KIND: tl.constexpr):
+    """(O, lines) words -> the values of the codes (O, inputs) without scale: float32, or int32 if
+    KIND is int8."""
+    if (FORMAT == "int4" or FORMAT == "uint4") and KIND != tl.int8:
+        return whole_numbers(words, 8 if FORMAT == "int4" else 0)
+    else:
+        codes = codes_of(words, FORMAT)
+        if FORMAT == "fp8":
+            # e4m3: 4 exponent bits of bias 7 become float32's 8 of bias 127, subnormals included
+            spread = ((codes & 128) << 24) | ((codes & 127) << 20)
+            value = spread.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+            return tl.where((codes & 127) == 127, float("nan"), value)
+        elif FORMAT == "int8":
+            return (codes << 24) >> 24
+        elif FORMAT == "int4":
+            return codes - 8
+        elif FORMAT == "uint4":
+            return codes
+        else:  # one look-up for the whole tile: each costs two barriers
+            flat = codes.reshape(codes.shape[0] * codes.shape[1])
+            return tl.gather(table, flat, 0).reshape(codes.shape[0], codes.shape[1])
 
 
 @triton.jit
@@ -163,14 +198,15 @@ def load_weight(
     weight_ptr, scales_ptr, offsets_ptr, nested_table_ptr, absmax_ptr, table,
     stride_o, stride_i, nested_block, nested_offset, n_groups, group_size, n_lines,
     o_start, n_out, i_start, n_in,
-    FORMAT: tl.constexpr, ONE_GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-    KIND: tl.constexpr,
+    FORMAT: tl.constexpr, ONE_GROUP: tl.constexpr, IS_SCALED: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """(weights (BLOCK_O, BLOCK_I) in KIND, scales, offsets) of a tile.
 
     weight_ptr   (O, I) of any strides, or the words of a packed weight
     ONE_GROUP    all inputs of a tile share a scale
-    KIND         int8: whole numbers, still to be multiplied by the scales (BLOCK_O, 1)
+    IS_SCALED    False: the codes' values; scales and offsets (BLOCK_O, 1) are still to be applied
+    KIND         a float type, or int8 for whole numbers
     """
     if FORMAT == "dense":
         weights = load_tile(
@@ -194,8 +230,8 @@ def load_weight(
             offsets = load_scales(
                 offsets_ptr, None, None, 1, 0.0, o_start, n_out, groups, n_groups, BLOCK_O
             )
-        weights = values_of(codes_of(words, FORMAT), table, FORMAT)
-        if KIND != tl.int8:
+        weights = values_of(words, table, FORMAT, KIND)
+        if IS_SCALED:
             weights = weights.to(tl.float32) * of_each_input(scales, BLOCK_I)
             if offsets_ptr is not None:
                 weights += of_each_input(offsets, BLOCK_I)

@@ -102,13 +102,17 @@ def test_packed(format, case):
     check(case.with_(format=format), torch.float32)
 
 
+@pytest.mark.parametrize("name", ["groups", "few-tokens"])  # the few scale their sums
 @pytest.mark.parametrize("format", FORMATS)
-def test_packed_float16(format):
-    check(PACKED["groups"].with_(format=format), torch.float16)
+def test_packed_float16(format, name):
+    check(PACKED[name].with_(format=format), torch.float16)
 
 
 FEATURES = {
     "offsets": Case(20, 96, 50, format="uint4", group=32, has_offsets=True),
+    "offsets-of-few": Case(
+        5, 96, 50, 4, format="uint4", group=32, has_offsets=True, has_order=True
+    ),
     "offsets-of-8": Case(20, 72, 50, 4, format="uint4", group=8, has_offsets=True),
     "offsets-of-int8": Case(20, 72, 50, format="int8", group=24, has_offsets=True),
     "input-order": Case(20, 96, 50, 4, format="int4", group=32, has_order=True, has_bias=True),
@@ -130,7 +134,9 @@ def test_packed_features(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["input-order-dropout", "nested", "bfloat16-scales", "adapters"])
+@pytest.mark.parametrize(
+    "name", ["input-order-dropout", "nested", "offsets-of-few", "bfloat16-scales", "adapters"]
+)
 def test_packed_features_in_float16(name):
     check(FEATURES[name], torch.float16)
 
