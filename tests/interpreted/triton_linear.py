@@ -149,11 +149,15 @@ EIGHT_BITS = {
 }
 
 
-@by_dtype
 @pytest.mark.parametrize("case", EIGHT_BITS.values(), ids=EIGHT_BITS)
 @pytest.mark.parametrize("format", ["int4", "nf4", "int8"])
-def test_int8_activations(format, case, dtype):
-    check(case.with_(format=format, int8_activations=True), dtype)
+def test_int8_activations(format, case):
+    check(case.with_(format=format, int8_activations=True), torch.float32)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_int8_activations_in_float16(name):
+    check(EIGHT_BITS[name].with_(format="int4", int8_activations=True), torch.float16)
 
 
 @pytest.mark.parametrize("format", ["uint4", "fp4", "e2m1"])
