@@ -20,10 +20,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPE_NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1",
+    torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 # how SASS names what we count: local memory (spills), tensor cores, bulk and asynchronous copies
-COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS", "MUFU")
+COUNTED = ("STL", "LDL", "HGMMA", "IGMMA", "HMMA", "IMMA", "UTMALDG", "LDGSTS", "MUFU")
 # bytes of shared memory that one block can be given; 8.0 stands for 8.6, 8.9 and 12.0 too, which
 # have less of it than the 163 KiB of an A100
 SHARED_BYTES = {(8, 0): 99 * 1024, (9, 0): 227 * 1024}
@@ -80,9 +80,10 @@ def source_of(launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        kind, constant, is_divisible = _specialised(value, parameter)
         if parameter.is_constexpr:
             kind, constant, is_divisible = "constexpr", value, False
+        else:
+            kind, constant, is_divisible = _specialised(value, parameter)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = constant

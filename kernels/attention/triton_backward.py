@@ -26,8 +26,6 @@ from tilewright.ops.attention.triton_tiles import (
     document_bounds,
     exp_of_unit,
     find_document,
-    is_kept,
-    is_kept_by_key,
     load_rows,
     queries_of_key,
     rolled_interval,
@@ -37,6 +35,7 @@ from tilewright.ops.attention.triton_tiles import (
     uncounted_one,
     union,
 )
+from tilewright.ops.common.triton_dropout import is_kept, is_kept_by_column
 
 
 @triton.jit
@@ -436,7 +435,7 @@ def attention_dkv_kernel(
             else:
                 p = exp_of_unit(s * unit_scale - lse[None, :], IS_WIDE)
             if HAS_DROPOUT:
-                kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
+                kept = is_kept_by_column(seed, head_row, start, queries, threshold, BLOCK_K)
             if WANTS_DV:
                 p_kept = tl.where(kept, p * keep_scale, 0.0) if HAS_DROPOUT else p
                 dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
@@ -485,7 +484,7 @@ def attention_dkv_kernel(
             )
             p = exp_of_unit(tl.where(visible, s - lse[None, :], float("-inf")), IS_WIDE)
             if HAS_DROPOUT:
-                kept = is_kept_by_key(seed, head_row, start, queries, threshold, BLOCK_K)
+                kept = is_kept_by_column(seed, head_row, start, queries, threshold, BLOCK_K)
             if WANTS_DV:
                 p_kept = tl.where(kept, p * keep_scale, 0.0) if HAS_DROPOUT else p
                 dv = tl.dot(p_kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")

@@ -11,7 +11,6 @@ from tilewright.ops.attention.triton_tiles import (
     exp_of_unit,
     find_document,
     from_unit,
-    is_kept,
     keys_of_query,
     load_rows,
     log_in_unit,
@@ -22,6 +21,7 @@ from tilewright.ops.attention.triton_tiles import (
     uncounted_one,
     union,
 )
+from tilewright.ops.common.triton_dropout import is_kept
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from dataclasses import dataclass, field
 
 import torch
-from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tilewright import settings
 from tilewright.ops.attention import triton_config as config
 from tilewright.ops.attention.problem import Problem
 from tilewright.ops.attention.triton_backward import (
@@ -23,6 +19,13 @@ from tilewright.ops.attention.triton_decode import (
     attention_decode_kernel,
 )
 from tilewright.ops.attention.triton_forward import attention_forward_kernel, live_range_kernel
+from tilewright.ops.common.triton_launch import (
+    Launch,
+    capability_of,
+    contiguous,
+    seed_on,
+    why_not_triton,
+)
 
 _UNLIMITED = 2**30  # a window or group wider than any document; sums with positions stay in int32
 _WHOLE, _CUT, _WRAPPED = 0, 1, 2  # as triton_tiles.py numbers them
@@ -30,58 +33,11 @@ _WHOLE, _CUT, _WRAPPED = 0, 1, 2  # as triton_tiles.py numbers them
 
 def why_not(p: Problem) -> str | None:
     """None if the Triton kernels can run this problem here, else the reason."""
-    interpreted = settings.triton_is_interpreted()
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{str(p.dtype).removeprefix('torch.')} is not among float32, bfloat16, float16"
-    if interpreted:
-        if p.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly"
-        return None
-    if p.device != "cuda":
-        return f"tensors are on {p.device}, and TRITON_INTERPRET is not 1"
-    if torch.version.hip:
-        return "written for NVIDIA GPUs"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return "needs compute capability 8.0, this GPU has {}.{}".format(*capability)
-    return None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with everything it is started with; tests compile it without starting it."""
-
-    kernel: KernelInterface
-    programs: int
-    arguments: dict
-    num_warps: int = 4
-    num_stages: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def run(self) -> None:
-        if self.programs == 0:
-            return
-        options = {
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True,
-        }  # fmt: skip
-        on_device = (
-            torch.cuda.device(self.device)
-            if self.device.type == "cuda"
-            else contextlib.nullcontext()
-        )
-        with on_device:
-            self.kernel[(self.programs,)](**self.arguments, **options)
+    return why_not_triton(p.device, p.dtype)
 
 
 def _launch(kernel, programs: int, arguments: dict, tiles: config.Tiles, device) -> Launch:
     return Launch(kernel, programs, arguments, tiles.num_warps, tiles.num_stages, device)
-
-
-def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """The GPU's compute capability, None under the interpreter."""
-    if settings.triton_is_interpreted():
-        return None
-    return torch.cuda.get_device_capability(tensor.device)
 
 
 def _strides(name: str, t: torch.Tensor, by_descriptor: bool = False) -> dict[str, int]:
@@ -148,22 +104,6 @@ def _slots(cu_seqlens: torch.Tensor | None, n_tokens: int, block: int) -> int:
     return n_tokens // block + cu_seqlens.numel() + 1 if n_tokens else 0
 
 
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    """The small tensors of a call, whose strides the kernels do not take."""
-    return None if t is None else t.contiguous()
-
-
-def _seed(p: Problem, device: torch.device) -> torch.Tensor | None:
-    """The dropout seed on the device. A copy from the CPU would wait for all that is queued there,
-    and could not be captured in a graph; filling in the number does neither."""
-    seed = p.dropout_seed
-    if seed is None or not p.dropout_p:
-        return None
-    if seed.device.type == "cpu" and device.type != "cpu":
-        return torch.full((1,), int(seed.item()), dtype=torch.int64, device=device)
-    return seed.to(device)
-
-
 def _rule(p: Problem, device: torch.device) -> tuple[list[Launch], dict]:
     """(what has to run first, the arguments that all kernels of forward and backward share)."""
     left, right = (
@@ -181,8 +121,9 @@ def _rule(p: Problem, device: torch.device) -> tuple[list[Launch], dict]:
         arguments = {"key_mask_ptr": mask, "live_ptr": live, "n_keys": p.n_keys, "BLOCK": 1024}
         launches.append(Launch(live_range_kernel, p.batch, arguments, device=device))
     return launches, {
-        "cu_q_ptr": _contiguous(p.cu_seqlens_q), "cu_k_ptr": _contiguous(p.cu_seqlens_k),
-        "live_ptr": live, "key_mask_ptr": mask, "seed_ptr": _seed(p, device),
+        "cu_q_ptr": contiguous(p.cu_seqlens_q), "cu_k_ptr": contiguous(p.cu_seqlens_k),
+        "live_ptr": live, "key_mask_ptr": mask,
+        "seed_ptr": seed_on(p.dropout_seed if p.dropout_p else None, device),
         "n_queries": p.n_queries, "n_keys": p.n_keys, "n_heads": p.n_heads,
         "queries_per_kv_head": p.queries_per_kv_head,
         "n_documents": n_documents, "n_steps": (n_documents + 1).bit_length(),
@@ -211,7 +152,7 @@ def forward_launches(q, k, v, out, lse, p: Problem, capability) -> list[Launch]:
         "k": _source(k, tiles.keys, rule["BLOCK_D"], by_descriptor),
         "v": _source(v, tiles.keys, rule["BLOCK_DV"], by_descriptor),
         "out": _target(out, tiles.queries, rule, by_descriptor),
-        "lse_ptr": lse, "sinks_ptr": _contiguous(p.sinks),
+        "lse_ptr": lse, "sinks_ptr": contiguous(p.sinks),
         **_strides("q", q, by_descriptor), **_strides("k", k, by_descriptor),
         **_strides("v", v, by_descriptor), **rule,
         "n_slots": n_slots, "BLOCK_Q": tiles.queries, "BLOCK_K": tiles.keys,
@@ -226,7 +167,7 @@ def forward(q, k, v, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     q, p = _with_positive_scale(q, p)
     out = q.new_empty(p.batch, p.n_queries, p.n_heads, p.value_dim)
     lse = q.new_empty(p.batch, p.n_heads, p.n_queries, dtype=torch.float32)
-    for launch in forward_launches(q, k, v, out, lse, p, _capability(q)):
+    for launch in forward_launches(q, k, v, out, lse, p, capability_of(q)):
         launch.run()
     return out, lse
 
@@ -314,7 +255,7 @@ def backward(dout, dlse, q, k, v, out, lse, p: Problem, needs_dq: bool, needs_dk
     launches = backward_launches(
         dout, dlse, q, k, v, out, lse,
         dq if needs_dq else None, dk if needs_dkv else None, dv if needs_dkv else None,
-        p, _capability(q),
+        p, capability_of(q),
     )  # fmt: skip
     for launch in launches:
         launch.run()
@@ -341,7 +282,7 @@ def decode_launches(
     partial_lse = torch.empty(n_places, n_chunks, dtype=torch.float32, device=q.device)
     window_left = _UNLIMITED if p.window_left < 0 else min(p.window_left, _UNLIMITED)
     shared = {
-        "key_starts_ptr": _contiguous(p.key_starts), "key_lengths_ptr": _contiguous(p.key_lengths),
+        "key_starts_ptr": contiguous(p.key_starts), "key_lengths_ptr": contiguous(p.key_lengths),
         "partial_ptr": partial, "partial_lse_ptr": partial_lse,
         "n_queries": p.n_queries, "n_slots": n_slots, "n_heads": p.n_heads,
         "queries_per_kv_head": p.queries_per_kv_head,
@@ -358,7 +299,7 @@ def decode_launches(
         "IS_CAUSAL": p.is_causal, "HAS_SOFTCAP": p.softcap > 0, **shared,
     }  # fmt: skip
     combine = {
-        "sinks_ptr": _contiguous(p.sinks), "out_ptr": out, "lse_ptr": lse,
+        "sinks_ptr": contiguous(p.sinks), "out_ptr": out, "lse_ptr": lse,
         "CHUNKS": tiles.combined, "HAS_SINKS": p.sinks is not None, **shared,
     }  # fmt: skip
     return [
@@ -369,7 +310,7 @@ def decode_launches(
 
 def decode(q, k, v, p: Problem, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, Lq, H, Dv) in q.dtype and lse (B, H, Lq) in float32; num_splits 0 chooses."""
-    capability = _capability(q)
+    capability = capability_of(q)
     n_processors = 4
     if capability is not None:
         n_processors = torch.cuda.get_device_properties(q.device).multi_processor_count

@@ -1,4 +1,4 @@
-"""What the attention kernels share: the keys a query sees, tiles of rows, softcap, dropout.
+"""What the attention kernels share: the keys a query sees, tiles of rows, softcap.
 
 Everything structural (causal, window, segments, documents, the live range of key_mask) is an
 interval of keys for each query, so that tiles outside are never visited and only tiles that cross
@@ -258,32 +258,3 @@ def tanh(x):
     near = x + x * square * near
     far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, near, far)
-
-
-@triton.jit
-def is_kept(seed, head_row, queries, first_key, threshold, KEYS: tl.constexpr):
-    """Dropout's choice for (queries, KEYS) pairs, first_key a multiple of 4: bool.
-
-    Word key % 4 of Philox4x32-10 at counter (key // 4, query, head_row, 0) under the key `seed`;
-    its upper 24 bits are kept from `threshold` = ceil(p 2**24) on.
-    """
-    # (queries, KEYS / 4) counters
-    zero = tl.zeros((queries.shape[0], KEYS // 4), dtype=tl.int32)
-    quads = (first_key // 4 + tl.arange(0, KEYS // 4))[None, :] + zero
-    words = tl.philox(seed, quads, queries[:, None] + zero, head_row + zero, zero)
-    even = tl.interleave(words[0], words[2])
-    odd = tl.interleave(words[1], words[3])
-    upper = (tl.interleave(even, odd) >> 8).to(tl.int32)
-    return upper >= threshold
-
-
-@triton.jit
-def is_kept_by_key(seed, head_row, first_key, queries, threshold, KEYS: tl.constexpr):
-    """`is_kept` with the axes exchanged: (KEYS, queries)."""
-    zero = tl.zeros((KEYS // 4, queries.shape[0]), dtype=tl.int32)
-    quads = (first_key // 4 + tl.arange(0, KEYS // 4))[:, None] + zero
-    words = tl.philox(seed, quads, queries[None, :] + zero, head_row + zero, zero)
-    # (KEYS / 4, queries, 2, 2): word 2 y + x at [..., x, y]
-    words = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))
-    words = tl.permute(words, (0, 3, 2, 1)).reshape(KEYS, queries.shape[0])
-    return (words >> 8).to(tl.int32) >= threshold

@@ -327,8 +327,9 @@ def _triton_gpu_why_not(problem) -> str | None:
 
 
 _CANDIDATES = (
-    choose.Implementation("cuda_hopper", _cuda_hopper_why_not),
     choose.Implementation("triton_gpu", _triton_gpu_why_not),
+    # before the one above wherever a measurement says so; there is none yet
+    choose.Implementation("cuda_hopper", _cuda_hopper_why_not),
     choose.Implementation("cpp_cpu", _cpp_cpu_why_not),
     choose.Implementation("reference", _reference_why_not),
 )
