@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-namespace tw {
+#include "common/dtype.h"
 
-enum class DType : int { f32, bf16, f16 };
+namespace tw {
 
 // A tensor (batch, row, head, lane); strides in elements, any sign, zero included.
 struct View {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/intervals.h"
+#include "common/by_dtype.h"
 #include "common/gemm_tile.h"
 
 namespace tw {
@@ -26,23 +27,6 @@ struct Width {
         out_rows(static_cast<int>(round_up(width, Unit<C>::kRowStep))),
         lanes(static_cast<int>(round_up(width, W))) {}
 };
-
-// f(T{}) for the T of a call's tensors. With a matrix unit that is bf16: see isa_for in attention.cpp.
-template <class F>
-inline bool by_dtype(DType dtype, const F& f) {
-  if constexpr (kHasMatrixUnit) {
-    return f(bf16{});
-  } else {
-    switch (dtype) {
-      case DType::f32:
-        return f(float{});
-      case DType::bf16:
-        return f(bf16{});
-      default:
-        return f(f16{});
-    }
-  }
-}
 
 template <class T>
 inline const T* row_of(const View& t, int64_t batch, int64_t row, int head) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention/intervals.h"
+#include "common/philox.h"
 
 namespace tw {
 namespace {
@@ -43,28 +44,6 @@ inline void settle_scores(float* scores, const Rule& rule) {
     for (int i = 0; i < TILE * TILE; i += W) store(scores + i, mul(load(scores + i), set1(rule.scale)));
 }
 
-// Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words from a counter and a key.
-struct Philox {
-  uint32_t word[4];
-  Philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2) {
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32), c3 = 0;
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t wide0 = static_cast<uint64_t>(c0) * 0xD2511F53u,
-                     wide2 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-      c0 = static_cast<uint32_t>(wide2 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(wide2);
-      c2 = static_cast<uint32_t>(wide0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(wide0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    word[0] = c0;
-    word[1] = c1;
-    word[2] = c2;
-    word[3] = c3;
-  }
-};
-
 // factor[key j0 + r][lane]: 0 for a dropped pair, 1 / (1 - p) for a kept one. The counter is
 // (key / 4, query, head_row, 0), so any tile can draw its numbers again.
 template <int TILE>
@@ -76,8 +55,7 @@ inline void dropout_factors(float* factor, const Rule& rule, uint32_t head_row, 
       const Philox draw(rule.dropout_seed, static_cast<uint32_t>((j0 + r) / 4),
                         static_cast<uint32_t>(first_query + lane), head_row);
       for (int w = 0; w < 4; ++w) {
-        const float uniform = static_cast<float>(draw.word[w] >> 8) * 0x1p-24f;
-        factor[(r + w) * TILE + lane] = uniform >= rule.dropout_p ? keep : 0.0f;
+        factor[(r + w) * TILE + lane] = draw.uniform(w) >= rule.dropout_p ? keep : 0.0f;
       }
     }
 }

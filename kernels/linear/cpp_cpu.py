@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from tilewright.native import native
-from tilewright.ops.linear.problem import Problem
+from tilewright.ops.common.packed import FORMATS
+from tilewright.ops.linear.problem import DENSE, Operands, Problem
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SCALE_NAMES = {**NAMES, torch.uint8: "uint8"}
+NO_ROWS = (0, 0)
 
 
 def why_not(p: Problem) -> str | None:
@@ -15,8 +18,127 @@ def why_not(p: Problem) -> str | None:
         return f"tensors are on {p.device}"
     if p.dtype not in NAMES:
         return f"no kernel for {p.dtype}"
+    if p.int8_activations:
+        return "no kernel for int8_activations"
+    if p.format != DENSE and p.group_size % 8 and p.group_size < p.in_features:
+        return f"group_size is {p.group_size}, the kernel needs a multiple of 8"
     try:
         native()
     except (ImportError, RuntimeError, ValueError) as error:
         return str(error)
     return None
+
+
+def _in_rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` (rows, columns) with neighbouring columns side by side; a copy only where they are not."""
+    if t.is_conj() or t.is_neg():
+        raise ValueError("fused_linear: a conjugated or negated view; call .resolve_neg() first")
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def _rows(t: torch.Tensor | None) -> tuple[int, int]:
+    return NO_ROWS if t is None else (t.data_ptr(), t.stride(0))
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _floats(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.detach().float().contiguous()
+
+
+class _Held:
+    """A call's tensors in the layout the kernels read, kept alive until it returns."""
+
+    def __init__(self, x: torch.Tensor, o: Operands, p: Problem):
+        self.order = None
+        if o.input_order is not None:
+            # what is packed stands in another order of inputs: x and down follow it
+            self.order = o.input_order.long()
+        self.x = self.ordered(_in_rows(x))
+        self.weight = None if o.weight is None else _in_rows(o.weight)
+        self.bias, self.out_scale = _floats(o.bias), _floats(o.out_scale)
+        # the adapter is converted, x never is
+        self.down = None if o.down is None else self.ordered(_in_rows(o.down.to(x.dtype)))
+        self.up = None if o.up is None else _in_rows(o.up.to(x.dtype))
+        self.row_adapters = None if o.row_adapters is None else o.row_adapters.contiguous()
+        self.column_adapters = None if o.column_adapters is None else o.column_adapters.contiguous()
+        self.column_scales = _floats(o.column_scales)
+        self.input_order = None if o.input_order is None else o.input_order.int().contiguous()
+        self.seed = 0 if o.dropout_seed is None else int(o.dropout_seed.item())
+        self.codes = None if o.codes is None else o.codes.contiguous()
+        self.scales = None if o.scales is None else o.scales.contiguous()
+        self.offsets = None if o.offsets is None else o.offsets.contiguous()
+        if self.offsets is not None and self.scales is not None:
+            self.offsets = self.offsets.to(
+                torch.float32 if self.scales.dtype == torch.uint8 else self.scales.dtype
+            )
+        self.nested_table, self.nested_absmax = _floats(o.nested_table), _floats(o.nested_absmax)
+
+    def ordered(self, t: torch.Tensor) -> torch.Tensor:
+        return t if self.order is None else t.index_select(1, self.order)
+
+    def unordered(self, t: torch.Tensor) -> torch.Tensor:
+        """The inverse of `ordered`."""
+        return t if self.order is None else torch.empty_like(t).index_copy_(1, self.order, t)
+
+    def packed(self, p: Problem) -> tuple | None:
+        if self.codes is None or self.scales is None:
+            return None
+        table = FORMATS[p.format].table
+        return (
+            "table" if table else p.format, list(table or ()), self.codes.data_ptr(),
+            self.codes.shape[1], SCALE_NAMES[self.scales.dtype], self.scales.data_ptr(),
+            _address(self.offsets), self.scales.shape[1], p.group_size,
+            _address(self.nested_table), _address(self.nested_absmax), p.nested_block,
+            0 if self.nested_absmax is None else self.nested_absmax.numel(), p.nested_offset,
+        )  # fmt: skip
+
+    def rule(self, p: Problem) -> tuple:
+        return (
+            p.scale, p.activation == "relu", _address(self.row_adapters),
+            _address(self.column_adapters), _address(self.column_scales), p.dropout_p, self.seed,
+            _address(self.input_order),
+        )  # fmt: skip
+
+
+def _extents(p: Problem) -> tuple[int, int, int, int]:
+    return p.tokens, p.in_features, p.out_features, p.rank
+
+
+def forward(x, o: Operands, p: Problem):
+    y = x.new_empty(p.tokens, p.out_features)
+    hidden = x.new_empty(p.tokens, p.rank)
+    held = _Held(x, o, p)
+    native().linear_forward(
+        NAMES[p.dtype], _extents(p), _rows(held.x), _rows(y), _rows(held.weight), held.packed(p),
+        _address(held.bias), _address(held.out_scale), _rows(held.down), _rows(held.up),
+        _rows(hidden), held.rule(p), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, hidden
+
+
+def backward(dy, x, hidden, o: Operands, p: Problem, wants):
+    held = _Held(x, o, p)
+    dy, hidden = _in_rows(dy), _in_rows(hidden)
+    like = ((p.tokens, p.in_features), (p.out_features,), (p.rank, p.in_features),
+            (p.rank, p.out_features))  # fmt: skip
+    dtypes = (x.dtype, torch.float32, torch.float32, torch.float32)
+    grads = [
+        x.new_empty(shape, dtype=dtype) if wants_it else None
+        for shape, dtype, wants_it in zip(like, dtypes, wants, strict=True)
+    ]
+    dx, dbias, ddown, dup = grads
+    native().linear_backward(
+        _rows(dy), _rows(dx), tuple(_address(g) for g in (dbias, ddown, dup)), NAMES[p.dtype],
+        _extents(p), _rows(held.x), _rows(held.weight), held.packed(p), _address(held.out_scale),
+        _rows(held.down), _rows(held.up), _rows(hidden), held.rule(p), torch.get_num_threads(),
+    )  # fmt: skip
+    nothing = x.new_empty(0)
+    return (
+        nothing if dx is None else held.unordered(dx),
+        nothing if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
+        nothing if ddown is None or o.down is None else held.unordered(ddown).to(o.down.dtype),
+        nothing if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
+    )

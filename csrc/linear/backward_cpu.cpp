@@ -1,0 +1,299 @@
+// Backward: dx = (dy out_scale) W + drop(dhidden down) panel by panel, and the gradients of the update and the
+// bias in one pass over dy.
+//
+//   dhidden[t][r] = scale f'(hidden[t][r]) sum_o dy[t][o] up[o][r]
+//   dup[r][o]     = scale sum_t hidden[t][r] dy[t][o]
+//   ddown[r][i]   = sum_t dhidden[t][r] drop(x)[t][i]
+//
+// Sums over tokens are made slab by slab into buffers of their own and added up in order: neither their
+// number nor their order depends on the threads.
+#include "common/workspace.h"
+#include "linear/update.h"
+
+namespace tw {
+namespace {
+
+constexpr double kSerialFlops = 2e5;  // below, a second thread costs more than it does
+constexpr int64_t kMostSlabs = 16;
+constexpr int64_t kSlabBytes = int64_t{64} << 20;  // of all slabs' sums together, if several
+
+// The slabs of tokens that have sums of their own: a matter of the shape alone.
+struct Slabs {
+  int64_t tokens, count;
+
+  Slabs(int64_t all_tokens, int64_t bytes_of_one) {
+    const int64_t most_slabs = most(1, least(kMostSlabs, kSlabBytes / most(bytes_of_one, 1)));
+    tokens = round_up(most((all_tokens + most_slabs - 1) / most_slabs, 1), kBlock);
+    count = (all_tokens + tokens - 1) / tokens;
+  }
+};
+
+// [row][t] of a block: the transpose of `rows` rows of `width` floats, ld apart, as a left side.
+template <class C>
+inline void transpose_block(C* to, const float* from, int64_t ld, int rows, int width, int width_padded) {
+  const int padded = depth_of<C>(rows) * Unit<C>::kDepth;
+  for (int r = 0; r < width_padded; ++r)
+    for (int t = 0; t < padded; ++t)
+      to[r * kBlock + t] = from_float<C>(r < width && t < rows ? from[t * ld + r] : 0.0f);
+}
+
+// One slab's sums, floats.
+struct SlabSums {
+  float *dup, *ddown, *dbias;
+};
+
+template <class C>
+struct SlabScratch {
+  C *left, *strip, *turned;
+  float *sums, *small;
+
+  int64_t lay_out(char* at, const Rank<C>& rank) {
+    char* const begin = at;
+    const auto take = [&](int64_t bytes) {
+      char* here = at;
+      at += round_up(bytes, 64);
+      return here;
+    };
+    left = reinterpret_cast<C*>(take(kBlock * kLeftRow * static_cast<int64_t>(sizeof(C))));
+    strip = reinterpret_cast<C*>(take(kStrip<C> * int64_t{kBlock} * static_cast<int64_t>(sizeof(C))));
+    turned = reinterpret_cast<C*>(take(rank.rows * int64_t{kBlock} * static_cast<int64_t>(sizeof(C))));
+    sums = reinterpret_cast<float*>(take(int64_t{kBlock} * most(rank.lanes, 1) * 4));
+    small = reinterpret_cast<float*>(take(int64_t{kBlock} * most(rank.r, 1) * 4));
+    return at - begin;
+  }
+};
+
+// sums[r][n] += sum over a block's tokens of turned[r][t] values[t][n], where `left` packs the values.
+template <class T, class C>
+inline void add_outer(float* sums, int64_t ld, const Rank<C>& rank, const Tokens<T, C>& values, int64_t width,
+                      int64_t t0, int rows, const SlabScratch<C>& scratch) {
+  for (int64_t n0 = 0; n0 < width; n0 += kChunk) {
+    const int n = static_cast<int>(least(kChunk, width - n0));
+    values.fill(scratch.left, t0, rows, n0, n);
+    const LanesAreColumns<C, C> lanes{{scratch.left, kLeftRow}, n, rows};
+    for (int s = 0; s < n; s += kStrip<C>) {
+      lanes.build(scratch.strip, nullptr, s, 0, rows);
+      const int used = static_cast<int>(least(kStrip<C>, round_up(n - s, W)));
+      gemm<C, Start::add_to>(rank.rows, used, depth_of<C>(rows), scratch.turned, kBlock, scratch.strip,
+                             kStrip<C>, sums + n0 + s, ld);
+    }
+  }
+}
+
+template <class T, class C>
+struct Backward {
+  const LinearBackwardCall& call;
+  const LinearCall& f = call.forward;
+  const Rank<C> rank{f.rank};
+  const bool wants_dhidden = f.rank > 0 && (call.dx.data || call.ddown);
+  const int64_t dup_row = round_up(f.out_features, kChunk), ddown_row = round_up(f.in_features, kChunk);
+  PackedRight<C> up{nullptr, rank.lanes, rank.used};  // lanes are the rank, depth is O
+  C* kept = nullptr;                                  // dhidden, rows of rank.row
+
+  int64_t dup_floats() const { return call.dup ? rank.rows * dup_row : 0; }
+  int64_t ddown_floats() const { return call.ddown ? rank.rows * ddown_row : 0; }
+  int64_t slab_floats() const {
+    return dup_floats() + ddown_floats() + (call.dbias ? round_up(f.out_features, 16) : 0);
+  }
+  SlabSums sums_at(float* at) const {
+    return {at, at + dup_floats(), at + dup_floats() + ddown_floats()};
+  }
+
+  float scale_of(int r) const { return f.column_scales ? f.column_scales[r] : f.scale; }
+
+  void slab(int64_t begin, int64_t end, const SlabSums& sums, const SlabScratch<C>& scratch) const {
+    const Tokens<T, C> dy{call.dy};
+    const Tokens<T, C> dropped{f.x, nullptr, &f};
+    for (int64_t t0 = begin; t0 < end; t0 += kBlock) {
+      const int rows = static_cast<int>(least(kBlock, end - t0));
+      if (wants_dhidden) {
+        narrow_product(scratch.sums, dy, up, f.out_features, t0, rows, scratch.left);
+        settle(t0, rows, scratch);
+        if (call.ddown) {
+          transpose_block(scratch.turned, scratch.small, rank.r, rows, rank.r, rank.rows);
+          add_outer(sums.ddown, ddown_row, rank, dropped, f.in_features, t0, rows, scratch);
+        }
+      }
+      if (call.dup) {
+        for (int i = 0; i < rows; ++i)
+          for (int r = 0; r < rank.r; ++r)
+            scratch.small[i * rank.r + r] = to_float(*row_at<T>(f.hidden, t0 + i, r));
+        transpose_block(scratch.turned, scratch.small, rank.r, rows, rank.r, rank.rows);
+        add_outer(sums.dup, dup_row, rank, dy, f.out_features, t0, rows, scratch);
+      }
+      if (call.dbias) add_columns(sums.dbias, t0, rows);
+    }
+  }
+
+  // dhidden of a block from its sums, in float in scratch.small and rounded in `kept`
+  void settle(int64_t t0, int rows, const SlabScratch<C>& scratch) const {
+    for (int i = 0; i < rows; ++i) {
+      C* row = kept + (t0 + i) * rank.row;
+      for (int r = 0; r < rank.r; ++r) {
+        float d = scratch.sums[i * rank.lanes + r] * scale_of(r);
+        if (f.relu && !(to_float(*row_at<T>(f.hidden, t0 + i, r)) > 0.0f)) d = 0.0f;
+        if (f.row_adapters && column_factor(f, t0 + i, r) == 0.0f) d = 0.0f;
+        row[r] = from_float<C>(d);
+        scratch.small[i * rank.r + r] = d;
+      }
+      for (int r = rank.r; r < rank.row; ++r) row[r] = from_float<C>(0.0f);
+    }
+  }
+
+  void add_columns(float* sums, int64_t t0, int rows) const {
+    for (int64_t o = 0; o < f.out_features; o += W) {
+      const int some = static_cast<int>(least(W, f.out_features - o));
+      vf sum = load_n(sums + o, some);
+      for (int i = 0; i < rows; ++i) {
+        const T* at = row_at<T>(call.dy, t0 + i, o);
+        vf dy = some == W ? load(at) : load_n(at, some);
+        if (f.out_scale) dy = mul(dy, load_n(f.out_scale + o, some));
+        sum = add(sum, dy);
+      }
+      store_n(sums + o, sum, some);
+    }
+  }
+
+  // The slabs' sums in order; `part` of `parts` of each gradient.
+  void add_up(float* slabs, int64_t count, int part, int parts) const {
+    const int64_t stride = slab_floats();
+    for (int r = part; r < rank.r; r += parts) {
+      const SlabSums first = sums_at(slabs);
+      if (call.dup) {
+        float* to = call.dup + r * f.out_features;
+        add_row(to, first.dup + r * dup_row, f.out_features, stride, count);
+        for (int64_t o = 0; o < f.out_features; ++o) to[o] *= scale_of(r);
+      }
+      if (call.ddown)
+        add_row(call.ddown + r * f.in_features, first.ddown + r * ddown_row, f.in_features, stride, count);
+    }
+    if (call.dbias && part == 0) add_row(call.dbias, sums_at(slabs).dbias, f.out_features, stride, count);
+  }
+
+  static void add_row(float* to, const float* from, int64_t n, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < n; i += W) {
+      const int some = static_cast<int>(least(W, n - i));
+      vf sum = zero();
+      for (int64_t slab = 0; slab < count; ++slab) sum = add(sum, load_n(from + slab * stride + i, some));
+      store_n(to + i, sum, some);
+    }
+  }
+
+  // dx of a block from its base sums and, in `tile`, the update's.
+  void finish_block(const float* sums, int64_t t0, int rows, int64_t n0, int lanes,
+                    const PanelScratch<C>& scratch) const {
+    const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
+    for (int s = 0; s < lanes; s += kStrip<C>) {
+      const int used = static_cast<int>(least(kStrip<C>, lanes - s));
+      if (rank.r > 0) {
+        gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + t0 * rank.row, rank.row,
+                             scratch.update + s * rank.row, kStrip<C>, scratch.tile, kStrip<C>);
+        if (f.dropout_p > 0)
+          for (int r = 0; r < rows; ++r)
+            drop_row(scratch.tile + r * kStrip<C>, f, t0 + r, n0 + s, used);
+      }
+      for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < used; n += W) {
+          const int some = static_cast<int>(least(W, used - n));
+          vf dx = load(sums + r * kPanelLanes + s + n);
+          if (rank.r > 0) dx = add(dx, load(scratch.tile + r * kStrip<C> + n));
+          T* to = out_at<T>(call.dx, t0 + r, n0 + s + n);
+          if (some == W)
+            store(to, dx);
+          else
+            store_n(to, dx, some);
+        }
+    }
+  }
+};
+
+template <class T, class Right>
+bool backward(const LinearBackwardCall& call, const Right& right) {
+  using C = typename ComputeType<T>::type;
+  Backward<T, C> b{call};
+  const LinearCall& f = call.forward;
+  const double flops = 2.0 * static_cast<double>(f.tokens) * static_cast<double>(f.in_features + f.rank) *
+                       static_cast<double>(f.out_features + f.rank);
+  const int threads = flops < kSerialFlops ? 1 : f.threads;
+  const bool has_sums = call.dup || call.ddown || call.dbias;
+  const Slabs slabs(f.tokens, b.slab_floats() * 4);
+
+  const int64_t up_bytes = b.wants_dhidden ? b.up.bytes(f.out_features) : 0;
+  const int64_t kept_rows = round_up(f.tokens, kBlock) + kBlock;
+  const int64_t kept_bytes = round_up(kept_rows * b.rank.row * static_cast<int64_t>(sizeof(C)), 64);
+  const int64_t sums_bytes = has_sums ? round_up(most(slabs.count, 1) * b.slab_floats() * 4, 64) : 0;
+  PanelScratch<C> measure;
+  SlabScratch<C> measure_slab;
+  const int64_t scratch_bytes =
+      most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
+  char* workspace = take_workspace(up_bytes + kept_bytes + sums_bytes + threads * scratch_bytes);
+  if (!workspace) return false;
+  b.up.data = reinterpret_cast<C*>(workspace);
+  b.kept = reinterpret_cast<C*>(workspace + up_bytes);
+  float* sums = reinterpret_cast<float*>(workspace + up_bytes + kept_bytes);
+
+  const LanesAreColumns<T, C> up_lanes{f.up, f.rank, f.out_features};
+  const LanesAreColumns<T, C> down_lanes{f.down, f.in_features, f.rank};
+  const Tokens<T, C> dy{call.dy, f.out_scale};
+  const int64_t panels = call.dx.data ? (f.in_features + kPanelLanes - 1) / kPanelLanes : 0;
+  const int64_t token_items = (f.tokens + kTokensOfItem - 1) / kTokensOfItem;
+  int64_t chunks_taken = 0, slabs_taken = 0, items_taken = 0;
+  run_team(threads, [&](const Team& team) {
+    const MatrixUnit unit_is_ready;
+    char* own = workspace + up_bytes + kept_bytes + sums_bytes + team.id * scratch_bytes;
+    PanelScratch<C> scratch;
+    scratch.lay_out(own, b.rank.row);
+    SlabScratch<C> slab_scratch;
+    slab_scratch.lay_out(own, b.rank);
+    if (b.wants_dhidden)
+      for (int64_t chunk; (chunk = take_next(&chunks_taken)) * kChunk < f.out_features;)
+        pack_chunk(b.up, up_lanes, f.out_features, chunk * kChunk, static_cast<C*>(nullptr));
+    team.barrier();
+    if (b.wants_dhidden || has_sums) {
+      for (int64_t slab; (slab = take_next(&slabs_taken)) < slabs.count;) {
+        float* at = sums + slab * b.slab_floats();
+        memset(at, 0, static_cast<size_t>(b.slab_floats()) * 4);
+        b.slab(slab * slabs.tokens, least((slab + 1) * slabs.tokens, f.tokens), b.sums_at(at), slab_scratch);
+      }
+      team.barrier();
+      if (has_sums) b.add_up(sums, slabs.count, team.id, team.size);
+    }
+    for (int64_t item; (item = take_next(&items_taken)) < panels * token_items;) {
+      const int64_t n0 = item / token_items * kPanelLanes, t0 = item % token_items * kTokensOfItem;
+      const int lanes = static_cast<int>(least(kPanelLanes, f.in_features - n0));
+      for (int s = 0; f.rank > 0 && s < lanes; s += kStrip<C>)
+        for (int64_t r0 = 0; r0 < f.rank; r0 += kChunk)
+          down_lanes.build(scratch.update + s * b.rank.row + r0 * kStrip<C>, nullptr, n0 + s, r0,
+                           static_cast<int>(least(kChunk, f.rank - r0)));
+      panel_product(dy, right, f.out_features, t0, least(t0 + kTokensOfItem, f.tokens), n0, lanes, scratch,
+                    [&](const float* block, int64_t t, int rows) {
+                      b.finish_block(block, t, rows, n0, lanes, scratch);
+                    });
+    }
+  });
+  give_workspace(workspace);
+  return true;
+}
+
+}  // namespace
+
+namespace TW_ISA {
+
+bool linear_backward(const LinearBackwardCall& call) {
+  const LinearCall& f = call.forward;
+  return by_dtype(f.dtype, [&](auto x) {
+    using T = decltype(x);
+    using C = typename ComputeType<T>::type;
+    if (f.weight.data)
+      return backward<T>(call, LanesAreColumns<T, C>{f.weight, f.in_features, f.out_features});
+    bool done = false;
+    by_kind(f.packed.kind, [&](auto kind) {
+      done = backward<T>(
+          call, PackedLanesAreColumns<decltype(kind)::value, C>{f.packed, f.in_features, f.out_features});
+    });
+    return done;
+  });
+}
+
+}  // namespace TW_ISA
+}  // namespace tw

@@ -1,0 +1,69 @@
+// The contract of the linear kernels: pointers, extents and strides. See kernels/linear/README.md for the
+// equations.
+//
+// Axes: T tokens, I in, O out, R rank of the low-rank update.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/packed_weight.h"
+
+namespace tw {
+
+// Rows of contiguous elements; `row` is the stride between rows, in elements.
+struct Rows {
+  void* data;
+  int64_t row;
+};
+
+struct LinearCall {
+  DType dtype;  // of x, y, weight, down, up and hidden
+  int64_t tokens, in_features, out_features;
+  int rank;             // 0: no low-rank update
+  Rows x, y;            // (T, I), (T, O)
+  Rows weight;          // (O, I); data is nullptr where `packed` holds
+  PackedWeight packed;
+  const float* bias;       // (O), or nullptr
+  const float* out_scale;  // (O), or nullptr
+  Rows down, up;           // (R, I), (O, R)
+  Rows hidden;             // (T, R): f(down drop(x)), written by the forward, read by the backward
+  float scale;
+  bool relu;                       // f
+  const int32_t* row_adapters;     // (T), or nullptr: all rows have all of the rank
+  const int32_t* column_adapters;  // (R)
+  const float* column_scales;      // (R), or nullptr; instead of scale
+  float dropout_p;
+  uint64_t dropout_seed;
+  const int32_t* input_order;  // (I): which input of the dropout's numbering each column is, or nullptr
+  int threads;
+};
+
+// Gradients; each pointer is nullptr where its gradient is not wanted.
+struct LinearBackwardCall {
+  LinearCall forward;  // y is not read
+  Rows dy;             // (T, O)
+  Rows dx;             // (T, I)
+  float* dbias;        // (O)
+  float* ddown;        // (R, I)
+  float* dup;          // (R, O): the transpose of the gradient of up
+};
+
+// Each returns false if scratch memory cannot be had.
+bool linear_forward(const LinearCall& call);
+bool linear_backward(const LinearBackwardCall& call);
+
+#define TW_LINEAR_KERNELS(level)                         \
+  namespace level {                                      \
+  bool linear_forward(const LinearCall& call);           \
+  bool linear_rows(const LinearCall& call);              \
+  bool linear_backward(const LinearBackwardCall& call);  \
+  }
+TW_LINEAR_KERNELS(portable)
+TW_LINEAR_KERNELS(avx2)
+TW_LINEAR_KERNELS(avx512)
+TW_LINEAR_KERNELS(avx512_bf16)
+TW_LINEAR_KERNELS(amx)
+#undef TW_LINEAR_KERNELS
+
+}  // namespace tw

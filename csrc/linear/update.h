@@ -1,0 +1,98 @@
+// The low-rank update: its inner product, and the panels of its outer one.
+#pragma once
+
+#include "common/by_dtype.h"
+#include "common/parallel.h"
+#include "linear/panels.h"
+
+namespace tw {
+namespace {
+
+// Extents of the rank in compute type C.
+template <class C>
+struct Rank {
+  int r;
+  int depth;  // units, as depth of a product
+  int row;    // elements of a row of that depth
+  int lanes;  // as lanes of a product, whole strips
+  int used;   // of them, a multiple of W
+  int rows;   // as rows of a product
+
+  explicit Rank(int rank)
+      : r(rank),
+        depth(depth_of<C>(rank)),
+        row(depth * Unit<C>::kDepth),
+        lanes(static_cast<int>(round_up(rank, kStrip<C>))),
+        used(static_cast<int>(round_up(rank, W))),
+        rows(static_cast<int>(round_up(rank, Unit<C>::kRowStep))) {}
+};
+
+// A whole right side packed ahead: chunks of kChunk depth, strips within.
+template <class C>
+struct PackedRight {
+  C* data;
+  int lanes;  // whole strips
+  int used;   // lanes that count, a multiple of W
+
+  int64_t bytes(int64_t depth) const {
+    return round_up((depth + kChunk - 1) / kChunk * kChunk * lanes * static_cast<int64_t>(sizeof(C)), 64);
+  }
+  C* strip(int64_t k0, int s) const { return data + k0 * lanes + s * (kStrip<C> * int64_t{kChunk}); }
+};
+
+// Packs chunk `k0` of a right side.
+template <class C, class Right>
+inline void pack_chunk(const PackedRight<C>& to, const Right& right, int64_t depth, int64_t k0, C* staged) {
+  const int k = static_cast<int>(least(kChunk, depth - k0));
+  for (int s = 0; s * kStrip<C> < to.lanes; ++s) right.build(to.strip(k0, s), staged, s * kStrip<C>, k0, k);
+}
+
+// sums[row][lane] (lanes apart) of a block of tokens with a right side that is packed.
+template <class C, class Left>
+inline void narrow_product(float* sums, const Left& left, const PackedRight<C>& right, int64_t depth,
+                           int64_t t0, int rows, C* left_block) {
+  const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
+  for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
+    const int k = static_cast<int>(least(kChunk, depth - k0));
+    left.fill(left_block, t0, rows, k0, k);
+    for (int s = 0; s * kStrip<C> < right.used; ++s) {
+      float* c = sums + s * kStrip<C>;
+      const int lanes = static_cast<int>(least(kStrip<C>, right.used - s * kStrip<C>));
+      if (k0 == 0)
+        gemm<C, Start::zero>(padded, lanes, depth_of<C>(k), left_block, kLeftRow, right.strip(k0, s),
+                             kStrip<C>, c, right.lanes);
+      else
+        gemm<C, Start::add_to>(padded, lanes, depth_of<C>(k), left_block, kLeftRow, right.strip(k0, s),
+                               kStrip<C>, c, right.lanes);
+    }
+  }
+}
+
+// What column r of the hidden values of token t counts: 0 where the row has another adapter.
+inline float column_factor(const LinearCall& call, int64_t t, int r) {
+  if (!call.row_adapters) return 1.0f;
+  return call.row_adapters[t] == call.column_adapters[r] ? 1.0f : 0.0f;
+}
+
+// hidden = f(down drop(x)) of a block, from its sums: rounded into call.hidden, and scaled by column_scales
+// into `kept` (rows of rank.row, zeros past the rank) for the outer product.
+template <class T, class C>
+inline void settle_hidden(const LinearCall& call, const Rank<C>& rank, const float* sums, int64_t ld,
+                          int64_t t0, int rows, C* kept) {
+  for (int i = 0; i < rows; ++i) {
+    T* hidden = out_at<T>(call.hidden, t0 + i, 0);
+    C* row = kept + (t0 + i) * rank.row;
+    for (int r = 0; r < rank.r; ++r) {
+      float h = sums[i * ld + r];
+      if (call.relu && h < 0.0f) h = 0.0f;
+      if (call.row_adapters && column_factor(call, t0 + i, r) == 0.0f) h = 0.0f;
+      hidden[r] = from_float<T>(h);
+      h = to_float(hidden[r]);
+      row[r] = from_float<C>(call.column_scales ? h * call.column_scales[r] : h);
+    }
+    for (int r = rank.r; r < rank.row; ++r) row[r] = from_float<C>(0.0f);
+  }
+}
+
+}  // namespace
+}  // namespace tw
