@@ -186,13 +186,14 @@ def pack_codes(codes: torch.Tensor, format: str) -> torch.Tensor:
     codes = codes if FORMATS[format].bits == 4 else codes.view(torch.uint8)
     padded = codes.new_zeros(-(-n_out // ROWS) * ROWS, -(-n_in // width) * width)
     padded[:n_out, :n_in] = codes
-    lines = padded.view(-1, ROWS, padded.shape[1] // width, width).transpose(1, 2)
+    lines = padded.view(padded.shape[0] // ROWS, ROWS, padded.shape[1] // width, width)
+    lines = lines.transpose(1, 2)
     if FORMATS[format].bits == 4:
         # byte b holds nibbles 2 b and 2 b + 1 of the word
         of_nibble = [NIBBLES.index(nibble) for nibble in range(width)]
         low, high = lines[..., of_nibble[0::2]], lines[..., of_nibble[1::2]]
         lines = (low | high << 4).to(torch.uint8)
-    return lines.reshape(lines.shape[0], lines.shape[1], 64).contiguous()
+    return lines.reshape(*lines.shape[:2], 64).contiguous()
 
 
 def unpack_codes(packed: torch.Tensor, format: str, n_out: int, n_in: int) -> torch.Tensor:
@@ -201,7 +202,8 @@ def unpack_codes(packed: torch.Tensor, format: str, n_out: int, n_in: int) -> to
     if FORMATS[format].bits == 4:
         nibbles = torch.stack([lines & 15, lines >> 4], dim=-1).flatten(-2)
         lines = nibbles[..., list(NIBBLES)]
-    rows = lines.transpose(1, 2).reshape(packed.shape[0] * ROWS, -1)
+    width = lines.shape[1] * lines.shape[3]
+    rows = lines.transpose(1, 2).reshape(packed.shape[0] * ROWS, width)
     return rows[:n_out, :n_in].contiguous()
 
 
@@ -210,7 +212,7 @@ def pack_rows(values: torch.Tensor) -> torch.Tensor:
     n_out, groups = values.shape
     padded = values.new_zeros(-(-n_out // ROWS) * ROWS, groups)
     padded[:n_out] = values
-    return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+    return padded.view(padded.shape[0] // ROWS, ROWS, groups).transpose(1, 2).contiguous()
 
 
 def unpack_rows(packed: torch.Tensor, n_out: int) -> torch.Tensor:
