@@ -29,9 +29,6 @@ FORMATS = {"nf4": NF4, "fp4": FP4, "int4": Int4, "int8": Int8, "fp8": FP8, "mxfp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Filter = Callable[[str, nn.Linear], bool]
 
-# of the state dict, in this order; those that a format does not have are absent
-_TENSORS = ("codes", "scales", "offsets", "input_order", "nested_table", "nested_absmax")
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -92,8 +89,11 @@ class QuantizedLinear(nn.Linear):
     bias     (O,), or None
     """
 
-    # transformers: nothing to initialize
-    _is_hf_initialized = True
+    # those that a format does not have are absent from the state dict
+    OPERANDS = ("codes", "scales", "offsets", "input_order", "nested_table", "nested_absmax")
+    TENSORS = (*OPERANDS, "nested_offset", "packing")
+
+    _is_hf_initialized = True  # for transformers: there are no random weights to draw
     _packed: PackedWeight | None = None
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None):
@@ -101,10 +101,11 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = packed.shape
         self.layout, self.dtype = Layout.of(packed), packed.dtype
         tensors = packed.tensors()
-        for name in _TENSORS:
+        for name in self.OPERANDS:
             tensor = tensors.get(name)
-            # the table is one tensor for all weights that were read together
-            self.register_buffer(name, tensor.clone() if name == "nested_table" else tensor)
+            if tensor is not None and name == "nested_table":
+                tensor = tensor.clone()  # one tensor for many weights, which files cannot hold
+            self.register_buffer(name, tensor)
         offset = None
         if packed.nested is not None:
             offset = torch.tensor(packed.nested.offset, dtype=torch.float64, device=packed.device)
@@ -130,7 +131,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as the operators take it."""
-        tensors = [self._buffers[name] for name in _TENSORS]
+        tensors = [self._buffers[name] for name in self.OPERANDS]
         made = self._packed
         if made is None or any(a is not b for a, b in zip(_tensors_of(made), tensors, strict=True)):
             made = self._assemble()
@@ -167,11 +168,20 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format}, group_size={self.packed.group_size}"
 
+    def expect_layout(self, name: str) -> None:
+        """ValueError: the tensors, set one by one from a file, are of another layout."""
+        found = _read_layout(self.packing)
+        if found != self.layout:
+            raise ValueError(
+                f"{name} is packed with {found} in the weights and with {self.layout} by "
+                "config.json; copy or download the model again"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_packed"}
 
     def _apply(self, fn, recurse=True):
-        before = {name: self._buffers[name] for name in (*_TENSORS, "nested_offset", "packing")}
+        before = {name: self._buffers[name] for name in self.TENSORS}
         probe = fn(torch.empty(0, dtype=self.dtype, device=before["codes"].device))
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -182,13 +192,10 @@ class QuantizedLinear(nn.Linear):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        given = state_dict.get(prefix + "packing")
-        errors = rest[-1]
-        if given is not None and not torch.equal(given.cpu(), self.packing.cpu()):
-            errors.append(
-                f"{prefix.rstrip('.')} is packed with {_read_layout(given)}, "
-                f"the layer with {self.layout}"
-            )
+        given, errors = state_dict.get(prefix + "packing"), rest[-1]
+        found = self.layout if given is None else _read_layout(given)
+        if found != self.layout:
+            errors.append(f"{prefix[:-1]} is packed with {found}, the layer with {self.layout}")
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._packed = None
@@ -196,7 +203,7 @@ class QuantizedLinear(nn.Linear):
 
 def _tensors_of(packed: PackedWeight) -> list[torch.Tensor | None]:
     tensors = packed.tensors()
-    return [tensors.get(name) for name in _TENSORS]
+    return [tensors.get(name) for name in QuantizedLinear.OPERANDS]
 
 
 def _read_layout(packing: torch.Tensor) -> Layout | str:
@@ -295,7 +302,7 @@ def quantize(
         replace_module(model, linear, layer)
         now = f"{layer.format}, {_groups(layer.layout)}"
         replaced.append(Replaced("linear", name, "Linear", "quantized_linear", now))
-    _mark(model)
+    _mark(model, format)
     return QuantizationReport(
         type(model).__name__, tuple(replaced), tuple(skipped), (), before, n_bytes(model)
     )
@@ -309,14 +316,22 @@ def dequantize(model: nn.Module) -> QuantizationReport:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"dequantize: model is a {type(model).__name__}, need a torch.nn.Module")
-    before, replaced = n_bytes(model), []
-    for name, layer in quantized_layers(model):
-        replace_module(model, layer, layer.to_linear())
-        replaced.append(Replaced("linear", name, "QuantizedLinear", "Linear"))
-    if not replaced:
+    before = n_bytes(model)
+    names = dequantize_layers(model, None)
+    if not names:
         raise ValueError(f"dequantize: this {type(model).__name__} has no packed layer")
-    _mark(model)
+    _mark(model, None)
+    replaced = [Replaced("linear", name, "QuantizedLinear", "Linear") for name in names]
     return QuantizationReport(type(model).__name__, tuple(replaced), (), (), before, n_bytes(model))
+
+
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None) -> list[str]:
+    """Decode all packed layers, to the model's dtype if no other is given; returns their names."""
+    layers = quantized_layers(model)
+    for _, layer in layers:
+        layer.dtype = dtype or layer.dtype
+        replace_module(model, layer, layer.to_linear())
+    return [name for name, _ in layers]
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLinear]]:
@@ -404,10 +419,10 @@ def _groups(layout: Layout) -> str:
     return "one scale a row" if layout.group_size is None else f"group_size {layout.group_size}"
 
 
-def _mark(model: nn.Module) -> None:
+def _mark(model: nn.Module, format) -> None:
     """Let a model of transformers know, so that it is saved and trained as a quantized one."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     if hasattr(base, "config") and hasattr(base, "save_pretrained"):
         from tilewright import quantizer
 
-        quantizer.mark(base)
+        quantizer.mark(base, format)
