@@ -118,12 +118,17 @@ def why_stock(layer: Any) -> str | None:
 
 def note(layer: Any) -> str:
     """What the report says beside the layer."""
-    base = layer.base_layer
+    base, notes = layer.base_layer, []
     if type(base) is QuantizedLinear:
-        return f"over {base.format}"
-    if _is_bitsandbytes(base):
-        return f"over bitsandbytes {base.weight.quant_state.quant_type}, read once more as ours"
-    return ""
+        notes.append(f"over {base.format}")
+    elif _is_bitsandbytes(base):
+        notes.append(f"over bitsandbytes {base.weight.quant_state.quant_type}, copied into ours")
+    (name,) = layer.active_adapters
+    of_base, of_adapter = base.weight.dtype, layer.lora_A[name].weight.dtype
+    if of_base.is_floating_point and of_adapter.itemsize > of_base.itemsize:
+        names = [str(d).removeprefix("torch.") for d in (of_adapter, of_base)]
+        notes.append(f"{names[0]} adapter read in {names[1]}, as under autocast")
+    return ", ".join(notes)
 
 
 def base_weight(layer: Any) -> tuple[torch.Tensor | PackedWeight, torch.Tensor | None]:
