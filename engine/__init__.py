@@ -12,25 +12,38 @@ import torch  # noqa: F401
 from tilewright.adapt import accelerate, restore
 from tilewright.choose import explain
 from tilewright.generate import generate
+from tilewright.merge import merge
 from tilewright.ops import (
     FP4,
     FP8,
     MXFP4,
     NF4,
+    ErrorStatistics,
     Int4,
     Int8,
     PackedWeight,
+    SavedWeights,
     ShiftedSegments,
+    dequantize_blockwise,
     dequantize_weight,
     error_statistics,
     flash_attention,
     flash_decode,
     fused_linear,
+    load_packed,
     lora_linear,
     multi_lora_linear,
     quantize_activations,
+    quantize_blockwise,
     quantize_weight,
     quantized_linear,
+    read_awq,
+    read_bitsandbytes,
+    read_compressed_tensors,
+    read_gguf,
+    read_gptq,
+    save_packed,
+    to_bitsandbytes,
 )
 from tilewright.plug_in import register_when_imported
 from tilewright.quantized import QuantizedLinear, dequantize, quantize
@@ -43,15 +56,18 @@ __all__ = [
     "FP8",
     "MXFP4",
     "NF4",
+    "ErrorStatistics",
     "Int4",
     "Int8",
     "PackedWeight",
     "QuantConfig",
     "QuantizedLinear",
+    "SavedWeights",
     "ShiftedSegments",
     "__version__",
     "accelerate",
     "dequantize",
+    "dequantize_blockwise",
     "dequantize_weight",
     "error_statistics",
     "explain",
@@ -60,20 +76,30 @@ __all__ = [
     "flash_decode",
     "fused_linear",
     "generate",
+    "load_packed",
     "lora_linear",
+    "merge",
     "multi_lora_linear",
     "quantize",
     "quantize_activations",
+    "quantize_blockwise",
     "quantize_weight",
     "quantized_linear",
+    "read_awq",
+    "read_bitsandbytes",
+    "read_compressed_tensors",
+    "read_gguf",
+    "read_gptq",
     "restore",
+    "save_packed",
+    "to_bitsandbytes",
 ]
 
 register_when_imported()
 
 
 def __getattr__(name: str):
-    if name == "QuantConfig":  # a class of transformers, which is slow to import
+    if name == "QuantConfig":  # derived from a class of transformers, which is slow to import
         from tilewright.quantizer import QuantConfig
 
         return QuantConfig

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,9 +103,12 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=False, allow_nan=False) + "\n")
 
 
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     with replacing(path) as beside:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, beside, metadata=metadata)
 
 
 def read_json(path: str | Path) -> dict:
@@ -125,9 +129,26 @@ def read_json(path: str | Path) -> dict:
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, after `check_safetensors`."""
-    check_safetensors(path)
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in a safetensors file's header, after `check_safetensors`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is damaged, though of the right length ({error}); copy or download it again"
+        ) from error
 
 
 def check_safetensors(path: str | Path) -> None:

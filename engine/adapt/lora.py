@@ -22,7 +22,14 @@ def is_candidate(module: nn.Module) -> bool:
 def why_not(site: Site, request: Request) -> str | None:
     from tilewright.adapt import lora_layers
 
-    return lora_layers.why_not_fused(site.module) or lora_layers.why_stock(site.module)
+    layer = site.module
+    reason = lora_layers.why_not_fused(layer) or lora_layers.why_stock(layer)
+    if reason is None:
+        try:
+            lora_layers.base_weight(layer)
+        except ValueError as error:
+            reason = f"its base cannot be read: {error}"
+    return reason
 
 
 def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request) -> list[str]:
@@ -32,7 +39,8 @@ def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request
     notes = []
     for site in fitting:
         note = lora_layers.note(site.module)
-        undo.set_attribute(site.module, lora_layers.PACKED, None)
+        read = vars(site.module).pop(lora_layers.PACKED, None)
+        undo.set_attribute(site.module, lora_layers.PACKED, read)
         undo.set_attribute(site.module, "__class__", lora_layers.fused_class(type(site.module)))
         notes.append(note)
     return notes

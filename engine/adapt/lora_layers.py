@@ -15,7 +15,7 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from tilewright.ops import PackedWeight, lora_linear
+from tilewright.ops import PackedWeight, lora_linear, read_bitsandbytes
 from tilewright.quantized import QuantizedLinear
 
 PACKED = "_tilewright_packed"  # of a layer over bitsandbytes: its weight and what we read from it
@@ -140,8 +140,6 @@ def base_weight(layer: Any) -> tuple[torch.Tensor | PackedWeight, torch.Tensor |
         return base.weight, base.bias
     cached = vars(layer).get(PACKED)
     if cached is None or cached[0] is not base.weight or cached[1].device != base.weight.device:
-        from tilewright.ops import read_bitsandbytes
-
         # its state dict, because at inference bitsandbytes orders the codes for the CPU in place
         cached = base.weight, read_bitsandbytes(base.state_dict(), "weight")
         setattr(layer, PACKED, cached)

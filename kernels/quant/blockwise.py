@@ -51,7 +51,7 @@ def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, NestedScales]:
     place = ((unit + 1) * 0.5).double() * (BINS - 1) + 0.5
     codes = _code_of_bin().to(flat.device)[torch.where(unit.isnan(), 0, place.float()).long()]
     codes = torch.where(largest[:, None] == 0, 0, codes)
-    table = dynamic_map().to(flat.device)
+    table = dynamic_map().to(flat.device, copy=True)  # each weight owns its tensors
     nested = NestedScales(table, largest, offset, NESTED_BLOCK)
     return codes.flatten()[: flat.numel()].view(scales.shape), nested
 
