@@ -141,7 +141,7 @@ def base_weight(layer: Any) -> tuple[torch.Tensor | PackedWeight, torch.Tensor |
     cached = vars(layer).get(PACKED)
     if cached is None or cached[0] is not base.weight or cached[1].device != base.weight.device:
         # its state dict, because at inference bitsandbytes orders the codes for the CPU in place
-        cached = base.weight, read_bitsandbytes(base.state_dict(), "weight")
+        cached = base.weight, read_bitsandbytes(base.state_dict())
         setattr(layer, PACKED, cached)
     return cached[1], base.bias
 
