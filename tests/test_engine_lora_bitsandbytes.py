@@ -1,4 +1,4 @@
-"""LoRA over 4-bit layers of bitsandbytes: read once as ours, equal to what bitsandbytes computes."""
+"""LoRA over 4-bit layers of bitsandbytes: read once as ours, with the same results."""
 
 import copy
 
