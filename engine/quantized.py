@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Linear):
     TENSORS = (*OPERANDS, "nested_offset", "packing")
 
     _is_hf_initialized = True  # for transformers: there are no random weights to draw
-    _packed: PackedWeight | None = None
+    _packed: tuple[tuple[torch.Tensor | None, ...], PackedWeight] | None = None
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
@@ -131,23 +131,25 @@ class QuantizedLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as the operators take it."""
-        tensors = [self._buffers[name] for name in self.OPERANDS]
-        made = self._packed
-        if made is None or any(a is not b for a, b in zip(_tensors_of(made), tensors, strict=True)):
-            made = self._assemble()
-            self._packed = made
-        return made
+        tensors = tuple(self._buffers[name] for name in (*self.OPERANDS, "nested_offset"))
+        cached = self._packed
+        if cached is None or any(a is not b for a, b in zip(cached[0], tensors, strict=True)):
+            cached = tensors, self._assemble()
+            self._packed = cached
+        return cached[1]
 
     def _assemble(self) -> PackedWeight:
         empty = self.layout.empty(self.out_features, self.in_features, self.dtype, "meta")
         of = self._buffers
         nested = empty.nested
         if nested is not None:
-            assert self.nested_offset is not None
+            offset = of["nested_offset"]
+            assert offset is not None
             nested = nested._replace(
-                table=of["nested_table"], absmax=of["nested_absmax"],
-                offset=float(self.nested_offset),
-            )  # fmt: skip
+                table=of["nested_table"],
+                absmax=of["nested_absmax"],
+                offset=0.0 if offset.is_meta else float(offset),
+            )
         return replace(
             empty, codes=of["codes"], scales=of["scales"], offsets=of["offsets"],
             input_order=of["input_order"], nested=nested,
@@ -201,11 +203,6 @@ class QuantizedLinear(nn.Linear):
         self._packed = None
 
 
-def _tensors_of(packed: PackedWeight) -> list[torch.Tensor | None]:
-    tensors = packed.tensors()
-    return [tensors.get(name) for name in QuantizedLinear.OPERANDS]
-
-
 def _read_layout(packing: torch.Tensor) -> Layout | str:
     try:
         return Layout(**json.loads(bytes(packing.cpu().tolist())))
@@ -228,7 +225,7 @@ class DecodedWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             raise cls._refusal()
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **(kwargs or {}))
