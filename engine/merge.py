@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tilewright.adapt import undo
 from tilewright.files import check_safetensors
 from tilewright.ops import (
     FP4,
@@ -95,7 +94,7 @@ def merge(
     The error is that of the merged weight against the sum that the adapter was trained with.
     ValueError: an argument outside the above; no LoRA layer; one that is merged already or that is
     no plain LoRA over a linear layer; the original lacks a weight or has it in another shape.
-    Nothing is changed then.
+    Nothing is changed then. An accelerated model comes back stock.
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
     """
@@ -125,6 +124,8 @@ def merge(
         if layer is model:
             return Merged(linear, (record,))
         replace_module(model, layer, linear)
+    from tilewright.adapt import undo
+
     if undo.is_changed(model):
         undo.undo(model)
     if hasattr(model, "peft_config"):
