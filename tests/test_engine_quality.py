@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 import tilewright as tw
-from tilewright.data import encode, pack
+from tilewright.data import byte_tokenizer, encode, pack
 from tilewright.quality import compare_models
 from tilewright.quantized import quantized_layers
 
@@ -20,7 +20,7 @@ FORMATS = {
     "nf4, groups of 64, nested": tw.NF4(group_size=64, double_quant=True),
     "fp8, one scale a row": tw.FP8(),
 }
-DRAWS = 3
+DRAWS = 2
 
 
 def nearest(values, levels):
@@ -59,18 +59,16 @@ def trained():
         eos_token_id=256, pad_token_id=257, initializer_range=0.1,
     )  # fmt: skip
     model = hf.LlamaForCausalLM(config)
-    from tilewright.data import byte_tokenizer
-
     tokenizer = byte_tokenizer(128)
     texts = [hf.__doc__ or "", *(str(m.__doc__) for m in vars(math).values()), pytest.__doc__ or ""]
     texts += [str(f.__doc__) for f in vars(torch).values() if callable(f)][:150]
     tw.finetune(
-        model, [t for t in texts if len(t) > 40], tokenizer=tokenizer, steps=60, context=128,
+        model, [t for t in texts if len(t) > 40], tokenizer=tokenizer, steps=40, context=128,
         rows=4, learning_rate=5e-3, stock=True,
     )  # fmt: skip
     held_out = [str(f.__doc__) for f in vars(torch.Tensor).values() if callable(f)][:60]
     rows = pack(encode(tokenizer, [t for t in held_out if len(t) > 40]), 128, 257)
-    keep = slice(0, 16)
+    keep = slice(0, 10)
     rows = type(rows)(
         rows.input_ids[keep], rows.position_ids[keep], rows.labels[keep], rows.n_pieces
     )
@@ -93,13 +91,15 @@ def perturbed(model, relative, seed):
 def noise(trained):
     """Format -> the mean of (KL, share of other top tokens) under noise of its size."""
     model, rows = trained
-    found = {}
+    found, known = {}, {}
     for name, format in FORMATS.items():
         relative = error_on_normal_weights(format)
+        if relative in known:
+            found[name] = known[relative]
+            continue
         draws = [compare_models(model, perturbed(model, relative, s), rows) for s in range(DRAWS)]
-        found[name] = (
-            sum(d.kl for d in draws) / DRAWS, sum(1 - d.same_top for d in draws) / DRAWS
-        )  # fmt: skip
+        kl = sum(d.kl for d in draws) / DRAWS
+        found[name] = known[relative] = kl, sum(1 - d.same_top for d in draws) / DRAWS
     return found
 
 
