@@ -16,4 +16,6 @@ and, where there is something to say:
     why_not()                          -> what is missing here and how to get it, or None
     counts(case)                       -> what one call gets through, by unit, the same units in all
                                           cases: shown for a second
+
+gpu_check.sh runs every gpu_<name>.py, and its head says what that holds.
 """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from shard import pytest_addoption, pytest_configure  # noqa: F401  the options --shard, --record
 
 import tilewright  # noqa: F401  torch and the operators are registered before any test runs
 from tilewright import choose, native

@@ -69,9 +69,9 @@ def attention_launches(head_dim, dtype, capability, tokens=TOKENS, kv_heads=HEAD
     ]
 
 
-def decode_launches(head_dim, dtype, capability, slots=4096, page=0):
+def decode_launches(head_dim, dtype, capability, slots=4096, page=0, **more):
     q, out = (torch.empty(1, 1, 32, head_dim, dtype=dtype) for _ in range(2))
-    lead, more = (1, slots), {}
+    lead = (1, slots)
     if page:
         lead = (slots // page, page)
         more["page_table"] = torch.zeros(1, slots // page, dtype=torch.int32)
@@ -157,6 +157,18 @@ def test_no_spills_in_decoding(target, tmp_path, registers_table):
             for launch in decode_launches(head_dim, torch.bfloat16, CAPABILITIES[target], page=page)
             if not page or launch.kernel.__name__ not in WITHOUT_PRODUCTS
         ]
+        expect_good_code(launches, target, tmp_path, registers_table, head_dim)
+
+
+@pytest.mark.parametrize("target", CAPABILITIES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_no_spills_in_combining(dtype, target, tmp_path, registers_table):
+    for head_dim in (64, 128, 256):
+        *_, plain = decode_launches(head_dim, dtype, CAPABILITIES[target])
+        *_, with_sinks = decode_launches(
+            head_dim, dtype, CAPABILITIES[target], sinks=torch.zeros(32)
+        )
+        launches = [(f"{dtype}", plain), (f"{dtype}, sinks", with_sinks)]
         expect_good_code(launches, target, tmp_path, registers_table, head_dim)
 
 

@@ -445,6 +445,22 @@ inline void store_pairs(bf16* p, vf even, vf odd) {
 #endif
 }
 
+// The same from two rows of bf16 as they lie in memory, W elements each.
+inline void interleave(bf16* p, const bf16* even, const bf16* odd) {
+#if defined(TW_ISA_avx512) || defined(TW_ISA_avx512_bf16)
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, order, b));
+#else
+  for (int i = 0; i < W; ++i) {
+    p[2 * i] = even[i];
+    p[2 * i + 1] = odd[i];
+  }
+#endif
+}
+
 // 2 W neighbours as two vectors in whatever order is cheapest; `wide_place` tells where element i went.
 template <class T>
 inline void load_wide(const T* p, vf& first, vf& second) {

@@ -72,7 +72,7 @@ inline void add_outer(float* sums, int64_t ld, const Rank<C>& rank, const Tokens
     values.fill(scratch.left, t0, rows, n0, n);
     const LanesAreColumns<C, C> lanes{{scratch.left, kLeftRow}, n, rows};
     for (int s = 0; s < n; s += kStrip<C>) {
-      lanes.build(scratch.strip, nullptr, s, 0, rows);
+      lanes.build({scratch.strip, 0, nullptr}, s, 1, 0, rows);
       const int used = static_cast<int>(least(kStrip<C>, round_up(n - s, W)));
       gemm<C, Start::add_to>(rank.rows, used, depth_of<C>(rows), scratch.turned, kBlock, scratch.strip,
                              kStrip<C>, sums + n0 + s, ld);
@@ -195,7 +195,7 @@ struct Backward {
       for (int r = 0; r < rows; ++r)
         for (int n = 0; n < used; n += W) {
           const int some = static_cast<int>(least(W, used - n));
-          vf dx = load(sums + r * kPanelLanes + s + n);
+          vf dx = load(sums + r * kSumsRow + s + n);
           if (rank.r > 0) dx = add(dx, load(scratch.tile + r * kStrip<C> + n));
           T* to = out_at<T>(call.dx, t0 + r, n0 + s + n);
           if (some == W)
@@ -226,8 +226,12 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
   SlabScratch<C> measure_slab;
   const int64_t scratch_bytes =
       most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
-  char* workspace = take_workspace(up_bytes + kept_bytes + sums_bytes + threads * scratch_bytes);
+  PackedLeft<C> left = PackedLeft<C>::measure(f.tokens);
+  const int64_t left_bytes = call.dx.data ? left.bytes(f.out_features) : 0;
+  char* workspace =
+      take_workspace(up_bytes + kept_bytes + sums_bytes + left_bytes + threads * scratch_bytes);
   if (!workspace) return false;
+  left.data = reinterpret_cast<C*>(workspace + up_bytes + kept_bytes + sums_bytes);
   b.up.data = reinterpret_cast<C*>(workspace);
   b.kept = reinterpret_cast<C*>(workspace + up_bytes);
   float* sums = reinterpret_cast<float*>(workspace + up_bytes + kept_bytes);
@@ -236,11 +240,10 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
   const LanesAreColumns<T, C> down_lanes{f.down, f.in_features, f.rank};
   const Tokens<T, C> dy{call.dy, f.out_scale};
   const int64_t panels = call.dx.data ? (f.in_features + kPanelLanes - 1) / kPanelLanes : 0;
-  const int64_t token_items = (f.tokens + kTokensOfItem - 1) / kTokensOfItem;
-  int64_t chunks_taken = 0, slabs_taken = 0, items_taken = 0;
+  int64_t chunks_taken = 0, slabs_taken = 0, pieces_taken = 0, items_taken = 0;
   run_team(threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
-    char* own = workspace + up_bytes + kept_bytes + sums_bytes + team.id * scratch_bytes;
+    char* own = workspace + up_bytes + kept_bytes + sums_bytes + left_bytes + team.id * scratch_bytes;
     PanelScratch<C> scratch;
     scratch.lay_out(own, b.rank.row);
     SlabScratch<C> slab_scratch;
@@ -258,17 +261,27 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
       team.barrier();
       if (has_sums) b.add_up(sums, slabs.count, team.id, team.size);
     }
-    for (int64_t item; (item = take_next(&items_taken)) < panels * token_items;) {
-      const int64_t n0 = item / token_items * kPanelLanes, t0 = item % token_items * kTokensOfItem;
-      const int lanes = static_cast<int>(least(kPanelLanes, f.in_features - n0));
-      for (int s = 0; f.rank > 0 && s < lanes; s += kStrip<C>)
+    for (int64_t begin = 0; panels > 0 && begin < f.tokens; begin += kTokensAtOnce) {
+      const int64_t n_tokens = least(kTokensAtOnce, f.tokens - begin);
+      while (pack_left(left, dy, f.out_features, begin, begin + n_tokens, take_next(&pieces_taken))) {
+      }
+      team.barrier();
+      const int64_t token_items = (n_tokens + kTokensOfItem - 1) / kTokensOfItem;
+      for (int64_t item; (item = take_next(&items_taken)) < panels * token_items;) {
+        const int64_t n0 = item / token_items * kPanelLanes, t0 = item % token_items * kTokensOfItem;
+        const int lanes = static_cast<int>(least(kPanelLanes, f.in_features - n0));
+        const int strips = (lanes + kStrip<C> - 1) / kStrip<C>;
         for (int64_t r0 = 0; r0 < f.rank; r0 += kChunk)
-          down_lanes.build(scratch.update + s * b.rank.row + r0 * kStrip<C>, nullptr, n0 + s, r0,
-                           static_cast<int>(least(kChunk, f.rank - r0)));
-      panel_product(dy, right, f.out_features, t0, least(t0 + kTokensOfItem, f.tokens), n0, lanes, scratch,
-                    [&](const float* block, int64_t t, int rows) {
-                      b.finish_block(block, t, rows, n0, lanes, scratch);
-                    });
+          down_lanes.build({scratch.update + r0 * kStrip<C>, int64_t{b.rank.row} * kStrip<C>, nullptr}, n0,
+                           strips, r0, static_cast<int>(least(kChunk, f.rank - r0)));
+        panel_product(left, right, f.out_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes, scratch,
+                      [&](const float* block, int64_t t, int rows) {
+                        b.finish_block(block, begin + t, rows, n0, lanes, scratch);
+                      });
+      }
+      team.barrier();
+      if (team.id == 0) pieces_taken = items_taken = 0;
+      team.barrier();
     }
   });
   give_workspace(workspace);

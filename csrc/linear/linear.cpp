@@ -7,10 +7,12 @@ namespace tw {
 
 namespace {
 
-constexpr int64_t kFewTokens = 16;  // up to here a packed weight is read once, in registers
+// Up to so many tokens a packed weight is decoded in registers, once for all. A matrix unit is worth a panel
+// from fewer on.
+constexpr int64_t kFewTokens = 16, kFewTokensBesideUnit = 4;
 
 // The matrix unit multiplies bf16: everything else runs one level below.
-[[maybe_unused]] Isa isa_for(DType dtype) {
+Isa isa_for(DType dtype) {
   const Isa isa = current_isa();
   return isa == Isa::amx && dtype != DType::bf16 ? Isa::avx512_bf16 : isa;
 }
@@ -36,7 +38,8 @@ constexpr int64_t kFewTokens = 16;  // up to here a packed weight is read once, 
 #endif
 
 bool linear_forward(const LinearCall& call) {
-  if (call.tokens <= kFewTokens && !call.weight.data && !(call.dropout_p > 0)) {
+  const int64_t few = isa_for(call.dtype) == Isa::amx ? kFewTokensBesideUnit : kFewTokens;
+  if (call.tokens <= few && !call.weight.data && !(call.dropout_p > 0)) {
     TW_AT_LEVEL(linear_rows, call, call.dtype)
   }
   TW_AT_LEVEL(linear_forward, call, call.dtype)

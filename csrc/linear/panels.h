@@ -16,8 +16,9 @@ namespace tw {
 namespace {
 
 constexpr int kChunk = 512;       // depth of a panel, elements
-constexpr int kPanelLanes = 256;  // of a panel
+constexpr int kPanelLanes = kHasMatrixUnit ? 512 : 256;
 constexpr int kTokensOfItem = 512;
+constexpr int64_t kTokensAtOnce = 1024;  // whose left side is packed ahead; a multiple of kTokensOfItem
 
 // lanes of a strip: what the microkernel takes at once, and at least a row block of a packed weight
 template <class C>
@@ -25,8 +26,9 @@ constexpr int kStrip = kHasMatrixUnit && sizeof(C) == 2   ? 2 * kUnitTile
                        : kMicroVectors * W >= kLineRows ? kMicroVectors * W
                                                         : kLineRows;
 // tokens of a block
-constexpr int kBlock = kHasMatrixUnit ? 64 : 48;
+constexpr int kBlock = kHasMatrixUnit ? 32 : 48;
 
+constexpr int64_t kSumsRow = kPanelLanes + 16;  // floats, for the same reason
 constexpr int64_t kLeftRow = kChunk + 32;  // elements: rows of a block start in different cache sets
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -100,7 +102,57 @@ struct Tokens {
   }
 };
 
+// Tokens packed ahead, for all panels: [chunk of depth][token][kLeftRow]. Read row by row where they lie, they
+// would be copied once a panel.
+template <class C>
+struct PackedLeft {
+  C* data;
+  int64_t tokens;  // a multiple of kBlock
+
+  static PackedLeft measure(int64_t tokens) {
+    return {nullptr, round_up(least(tokens, kTokensAtOnce), kBlock)};
+  }
+  int64_t bytes(int64_t depth) const {
+    return round_up((depth + kChunk - 1) / kChunk * tokens * kLeftRow * static_cast<int64_t>(sizeof(C)), 64);
+  }
+  C* block(int64_t k0, int64_t token) const { return data + (k0 / kChunk * tokens + token) * kLeftRow; }
+};
+
+// Packs the `piece`-th block of a chunk, of tokens [t_begin, t_end); returns false past the last.
+template <class T, class C>
+inline bool pack_left(const PackedLeft<C>& to, const Tokens<T, C>& from, int64_t depth, int64_t t_begin,
+                      int64_t t_end, int64_t piece) {
+  const int64_t blocks = (t_end - t_begin + kBlock - 1) / kBlock;
+  const int64_t k0 = piece / blocks * kChunk, t = piece % blocks * kBlock;
+  if (k0 >= depth) return false;
+  from.fill(to.block(k0, t), t_begin + t, static_cast<int>(least(kBlock, t_end - t_begin - t)), k0,
+            static_cast<int>(least(kChunk, depth - k0)));
+  return true;
+}
+
 // --- the right side: strips of kStrip lanes, [depth][lane] in units, zeros past n and k ---
+
+// Strip s of a panel begins at s * kStripElements.
+template <class C>
+constexpr int64_t kStripElements = kStrip<C> * int64_t{kChunk};
+
+// What a builder may write to: strips of a panel, and kLineRows rows of kLeftRow to stage in.
+template <class C>
+struct PanelRoom {
+  C* panel;
+  int64_t strip_elements;  // from one strip to the next
+  C* staged;
+
+  C* strip(int s) const { return panel + s * strip_elements; }
+};
+
+constexpr int kRowsAhead = 8;  // of prefetching along rows that are read by the piece
+
+template <class T>
+inline void prefetch_row(const T* at, int n) {
+  const char* bytes = reinterpret_cast<const char*>(at);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
 
 // lane n, depth k: rows[n][k]. Rows run along the depth, as a weight (O, I) in the forward.
 template <class T, class C>
@@ -108,29 +160,32 @@ struct LanesAreRows {
   Rows rows;
   int64_t n_rows;
 
-  // staged: kLineRows rows of kLeftRow elements
-  void build(C* strip, C* staged, int64_t n0, int64_t k0, int k) const {
-    const int depth = depth_of<C>(k);
-    const int words = static_cast<int>(round_up(depth, W));
-    for (int n = 0; n < kStrip<C>; n += kLineRows) {
-      for (int r = 0; r < kLineRows; ++r) {
-        C* row = staged + r * kLeftRow;
-        if (n0 + n + r < n_rows)
-          copy_row(row, row_at<T>(rows, n0 + n + r, k0), 1, k, words * Unit<C>::kDepth);
-        else
-          fill_zero(row, words * Unit<C>::kDepth);
-      }
-      float* to = reinterpret_cast<float*>(strip) + n;
-      const float* from = reinterpret_cast<const float*>(staged);
-      constexpr int64_t kFromRow = kLeftRow / Unit<C>::kDepth;
-      for (int c = 0; c < words; c += W)
-        for (int r = 0; r < kLineRows; r += W) {
-          vf square[W];
-          for (int i = 0; i < W; ++i) square[i] = load(from + (r + i) * kFromRow + c);
-          transpose(square);
-          for (int i = 0; i < W && c + i < depth; ++i) store(to + (c + i) * kStrip<C> + r, square[i]);
-        }
+  void build(const PanelRoom<C>& room, int64_t n0, int strips, int64_t k0, int k) const {
+    for (int s = 0; s < strips; ++s)
+      for (int n = 0; n < kStrip<C>; n += kLineRows)
+        sixteen(room.strip(s) + n * Unit<C>::kDepth, room.staged, n0 + s * kStrip<C> + n, k0, k);
+  }
+
+  void sixteen(C* strip, C* staged, int64_t n, int64_t k0, int k) const {
+    const int depth = depth_of<C>(k), words = static_cast<int>(round_up(depth, W));
+    for (int r = 0; r < kLineRows; ++r) {
+      C* row = staged + r * kLeftRow;
+      if (n + r < n_rows)
+        copy_row(row, row_at<T>(rows, n + r, k0), 1, k, words * Unit<C>::kDepth);
+      else
+        fill_zero(row, words * Unit<C>::kDepth);
+      if (n + kLineRows + r < n_rows) prefetch_row(row_at<T>(rows, n + kLineRows + r, k0), k);
     }
+    float* to = reinterpret_cast<float*>(strip);
+    const float* from = reinterpret_cast<const float*>(staged);
+    constexpr int64_t kFromRow = kLeftRow / Unit<C>::kDepth;
+    for (int c = 0; c < words; c += W)
+      for (int r = 0; r < kLineRows; r += W) {
+        vf square[W];
+        for (int i = 0; i < W; ++i) square[i] = load(from + (r + i) * kFromRow + c);
+        transpose(square);
+        for (int i = 0; i < W && c + i < depth; ++i) store(to + (c + i) * kStrip<C> + r, square[i]);
+      }
   }
 };
 
@@ -140,23 +195,34 @@ struct LanesAreColumns {
   Rows rows;
   int64_t n_columns, n_rows;
 
-  void build(C* strip, C*, int64_t n0, int64_t k0, int k) const {
-    const int width = depth_of<C>(k) * Unit<C>::kDepth;
-    for (int d = 0; d < width; d += Unit<C>::kDepth)
-      for (int n = 0; n < kStrip<C>; n += W) {
-        const int lanes = static_cast<int>(most(0, least(W, n_columns - n0 - n)));
-        if constexpr (Unit<C>::kDepth == 1) {
-          store(strip + static_cast<int64_t>(d) * kStrip<C> + n, part(k0, d, k, n0 + n, lanes));
-        } else {
-          store_pairs(strip + static_cast<int64_t>(d) * kStrip<C> + 2 * n, part(k0, d, k, n0 + n, lanes),
-                      part(k0, d + 1, k, n0 + n, lanes));
+  void build(const PanelRoom<C>& room, int64_t n0, int strips, int64_t k0, int k) const {
+    constexpr int kDepth = Unit<C>::kDepth;
+    const int width = depth_of<C>(k) * kDepth;
+    const int columns = static_cast<int>(most(0, least(strips * kStrip<C>, n_columns - n0)));
+    for (int d = 0; d < width; d += kDepth) {
+      for (int i = 0; i < kDepth; ++i)
+        if (k0 + d + i + kRowsAhead < n_rows) prefetch_row(row_at<T>(rows, k0 + d + i + kRowsAhead, n0), columns);
+      for (int s = 0; s < strips; ++s) {
+        C* to = room.strip(s) + static_cast<int64_t>(d) * kStrip<C>;
+        for (int n = 0; n < kStrip<C>; n += W) {
+          const int lanes = static_cast<int>(most(0, least(W, columns - s * kStrip<C> - n)));
+          const int64_t column = n0 + s * kStrip<C> + n;
+          if constexpr (kDepth == 1)
+            store(to + n, part(k0 + d, d < k ? lanes : 0, column));
+          else if (sizeof(T) == sizeof(C) && lanes == W && d + 1 < k)
+            interleave(to + 2 * n, reinterpret_cast<const C*>(row_at<T>(rows, k0 + d, column)),
+                       reinterpret_cast<const C*>(row_at<T>(rows, k0 + d + 1, column)));
+          else
+            store_pairs(to + 2 * n, part(k0 + d, d < k ? lanes : 0, column),
+                        part(k0 + d + 1, d + 1 < k ? lanes : 0, column));
         }
       }
+    }
   }
 
-  vf part(int64_t k0, int d, int k, int64_t n, int lanes) const {
-    if (d >= k || lanes == 0) return zero();
-    const T* at = row_at<T>(rows, k0 + d, n);
+  vf part(int64_t row, int lanes, int64_t column) const {
+    if (lanes == 0) return zero();
+    const T* at = row_at<T>(rows, row, column);
     return lanes == W ? load(at) : load_n(at, lanes);
   }
 };
@@ -167,38 +233,44 @@ struct PackedLanesAreRows {
   const PackedWeight& w;
   int64_t n_rows;
 
-  void build(C* strip, C*, int64_t n0, int64_t k0, int k) const {
+  void build(const PanelRoom<C>& room, int64_t n0, int strips, int64_t k0, int k) const {
+    for (int s = 0; s < strips; ++s)
+      for (int n = 0; n < kStrip<C>; n += kLineRows)
+        sixteen(room.strip(s) + n * Unit<C>::kDepth, n0 + s * kStrip<C> + n, k0, k);
+  }
+
+  void sixteen(C* strip, int64_t n, int64_t k0, int k) const {
     constexpr int kInputs = KIND == Codes::table ? 8 : 4;
     const int width = depth_of<C>(k) * Unit<C>::kDepth;
     const Table table(w.table);
-    for (int n = 0; n < kStrip<C>; n += kLineRows) {
-      int done = 0;
-      if (n0 + n < n_rows) {
-        const int64_t block = (n0 + n) / kLineRows;
-        const uint8_t* line = w.codes + (block * w.lines + k0 / kInputs) * kLineBytes;
-        int64_t next_group = k0;  // the input from which another scale holds
-        RowValues scale, offset;
-        for (; done < k; done += kInputs, line += kLineBytes) {
-          if (k0 + done >= next_group) {
-            const int64_t group = group_of(w, k0 + done);
-            next_group = w.groups == 1 ? INT64_MAX : (group + 1) * w.group_size;
-            scale = scales_of(w, block, group);
-            if (w.offsets) offset = offsets_of(w, block, group);
-          }
-          if (w.offsets)
-            put_line<true>(strip, table, line, done, n, scale, offset);
-          else
-            put_line<false>(strip, table, line, done, n, scale, offset);
+    int done = 0;
+    if (n < n_rows) {
+      const int64_t block = n / kLineRows;
+      const uint8_t* line = w.codes + (block * w.lines + k0 / kInputs) * kLineBytes;
+      // the same inputs of the next row block are what will be wanted next
+      const int64_t ahead = n + kLineRows < n_rows ? w.lines * kLineBytes : 0;
+      int64_t next_group = k0;  // the input from which another scale holds
+      RowValues scale, offset;
+      for (; done < k; done += kInputs, line += kLineBytes) {
+        if (k0 + done >= next_group) {
+          const int64_t group = group_of(w, k0 + done);
+          next_group = w.groups == 1 ? INT64_MAX : (group + 1) * w.group_size;
+          scale = scales_of(w, block, group);
+          if (w.offsets) offset = offsets_of(w, block, group);
         }
+        __builtin_prefetch(line + ahead, 0, 2);
+        if (w.offsets)
+          put_line<true>(strip, table, line, done, scale, offset);
+        else
+          put_line<false>(strip, table, line, done, scale, offset);
       }
-      for (int d = done / Unit<C>::kDepth; d < width / Unit<C>::kDepth; ++d)
-        fill_zero(strip + (static_cast<int64_t>(d) * kStrip<C> + n) * Unit<C>::kDepth,
-                  kLineRows * Unit<C>::kDepth);
     }
+    for (int d = done / Unit<C>::kDepth; d < width / Unit<C>::kDepth; ++d)
+      fill_zero(strip + static_cast<int64_t>(d) * kStrip<C> * Unit<C>::kDepth, kLineRows * Unit<C>::kDepth);
   }
 
   template <bool HAS_OFFSET>
-  [[gnu::always_inline]] static void put_line(C* strip, const Table& table, const uint8_t* line, int k, int n,
+  [[gnu::always_inline]] static void put_line(C* strip, const Table& table, const uint8_t* line, int k,
                                               const RowValues& scale, const RowValues& offset) {
     for (int v = 0; v < kRowVectors; ++v) {
       const vi words = load_words(line + v * W * 4);
@@ -206,7 +278,7 @@ struct PackedLanesAreRows {
         const vf code = line_value<KIND, decltype(at)::value>(table, words);
         return HAS_OFFSET ? fma(code, scale.v[v], offset.v[v]) : mul(code, scale.v[v]);
       };
-      C* to = strip + static_cast<int64_t>(k) * kStrip<C> + (n + v * W) * Unit<C>::kDepth;
+      C* to = strip + static_cast<int64_t>(k) * kStrip<C> + v * W * Unit<C>::kDepth;
       each_input<KIND>([&](auto at) {
         constexpr int K = decltype(at)::value;
         if constexpr (Unit<C>::kDepth == 1)
@@ -224,33 +296,37 @@ struct PackedLanesAreColumns {
   const PackedWeight& w;
   int64_t n_columns, n_rows;
 
-  void build(C* strip, C*, int64_t n0, int64_t k0, int k) const {
-    alignas(64) float values[kStrip<C> * kLineRows];  // [column][row]
-    const int columns = static_cast<int>(most(0, least(kStrip<C>, n_columns - n0)));
+  void build(const PanelRoom<C>& room, int64_t n0, int strips, int64_t k0, int k) const {
     const int width = depth_of<C>(k) * Unit<C>::kDepth;
-    for (int d = 0; d < width; d += kLineRows) {
-      if (d < k && columns > 0) {
-        decode_lines<KIND>(values, kLineRows, w, (k0 + d) / kLineRows, n0, columns);
-        for (int c = columns; c < kStrip<C>; ++c) fill_zero(values + c * kLineRows, kLineRows);
-        // rows past the last one are padding of any value times scale 0, which NaN tables do not have
-      } else {
-        fill_zero(values, kStrip<C> * kLineRows);
-      }
-      for (int n = 0; n < kStrip<C>; n += W)
-        for (int v = 0; v < kRowVectors; ++v) {
-          if (d + v * W >= width) continue;
-          vf square[W];
-          for (int i = 0; i < W; ++i) square[i] = load(values + (n + i) * kLineRows + v * W);
-          transpose(square);
-          C* to = strip + static_cast<int64_t>(d + v * W) * kStrip<C> + n * Unit<C>::kDepth;
-          for (int i = 0; i < W && d + v * W + i < width; i += Unit<C>::kDepth) {
-            if constexpr (Unit<C>::kDepth == 1)
-              store(to + i * kStrip<C>, square[i]);
-            else
-              store_pairs(to + i * kStrip<C>, square[i], square[i + 1]);
-          }
-        }
+    for (int d = 0; d < width; d += kLineRows)
+      for (int s = 0; s < strips; ++s)
+        sixteen(room.strip(s) + static_cast<int64_t>(d) * kStrip<C>, n0 + s * kStrip<C>, k0 + d,
+                most(0, k - d), width - d);
+  }
+
+  // Rows [row, row + 16) of W as depth; `rows` of them exist, `width` are wanted.
+  void sixteen(C* strip, int64_t n, int64_t row, int64_t rows, int width) const {
+    alignas(64) float values[kStrip<C> * kLineRows];  // [column][row]
+    const int columns = static_cast<int>(most(0, least(kStrip<C>, n_columns - n)));
+    if (rows > 0 && columns > 0) {
+      decode_lines<KIND>(values, kLineRows, w, row / kLineRows, n, columns);
+      fill_zero(values + columns * kLineRows, (kStrip<C> - columns) * kLineRows);
+    } else {
+      fill_zero(values, kStrip<C> * kLineRows);
     }
+    for (int c = 0; c < kStrip<C>; c += W)
+      for (int v = 0; v < kLineRows && v < width; v += W) {
+        vf square[W];
+        for (int i = 0; i < W; ++i) square[i] = load(values + (c + i) * kLineRows + v);
+        transpose(square);
+        C* to = strip + static_cast<int64_t>(v) * kStrip<C> + c * Unit<C>::kDepth;
+        for (int i = 0; i < W && v + i < width; i += Unit<C>::kDepth) {
+          if constexpr (Unit<C>::kDepth == 1)
+            store(to + i * kStrip<C>, square[i]);
+          else
+            store_pairs(to + i * kStrip<C>, square[i], square[i + 1]);
+        }
+      }
   }
 };
 
@@ -259,7 +335,6 @@ struct PackedLanesAreColumns {
 // What a thread needs for one item.
 template <class C>
 struct PanelScratch {
-  C* left;      // kBlock rows of kLeftRow
   C* staged;    // kLineRows rows of kLeftRow
   C* panel;     // strips of kChunk depth
   C* update;    // strips of the low-rank product's depth
@@ -267,7 +342,6 @@ struct PanelScratch {
   float* tile;  // kBlock rows of kStrip
 
   static constexpr int64_t kStrips = kPanelLanes / kStrip<C>;
-  static constexpr int64_t kStripElements = kStrip<C> * int64_t{kChunk};
 
   // Returns the bytes; with nullptr it only measures.
   int64_t lay_out(char* at, int64_t update_depth) {
@@ -277,39 +351,38 @@ struct PanelScratch {
       at += round_up(bytes, 64);
       return here;
     };
-    left = reinterpret_cast<C*>(take(kBlock * kLeftRow * static_cast<int64_t>(sizeof(C))));
     staged = reinterpret_cast<C*>(take(kLineRows * kLeftRow * static_cast<int64_t>(sizeof(C))));
-    panel = reinterpret_cast<C*>(take(kStrips * kStripElements * static_cast<int64_t>(sizeof(C))));
+    panel = reinterpret_cast<C*>(take(kStrips * kStripElements<C> * static_cast<int64_t>(sizeof(C))));
     update = reinterpret_cast<C*>(take(kPanelLanes * update_depth * static_cast<int64_t>(sizeof(C))));
-    sums = reinterpret_cast<float*>(take(int64_t{kTokensOfItem + 16} * kPanelLanes * 4));
+    sums = reinterpret_cast<float*>(take(int64_t{kTokensOfItem + 16} * kSumsRow * 4));
     tile = reinterpret_cast<float*>(take(int64_t{kBlock} * kStrip<C> * 4));
     return at - begin;
   }
 };
 
-// finish(sums of the block, first token, tokens) once a block's sums are whole.
-template <class C, class Left, class Right, class Finish>
-inline void panel_product(const Left& left, const Right& right, int64_t depth, int64_t t_begin, int64_t t_end,
-                          int64_t n0, int lanes, const PanelScratch<C>& scratch, const Finish& finish) {
+// Tokens [t_begin, t_end) of `left` times a panel. finish(sums of the block, first token, tokens) once a
+// block's sums are whole.
+template <class C, class Right, class Finish>
+inline void panel_product(const PackedLeft<C>& left, const Right& right, int64_t depth, int64_t t_begin,
+                          int64_t t_end, int64_t n0, int lanes, const PanelScratch<C>& scratch,
+                          const Finish& finish) {
   const int strips = static_cast<int>((lanes + kStrip<C> - 1) / kStrip<C>);
   for (int64_t k0 = 0; k0 < most(depth, 1); k0 += kChunk) {
     const int k = static_cast<int>(least(kChunk, depth - k0));
     const int units = depth_of<C>(k);
-    for (int s = 0; s < strips; ++s)
-      right.build(scratch.panel + s * scratch.kStripElements, scratch.staged, n0 + s * kStrip<C>, k0, k);
+    right.build({scratch.panel, kStripElements<C>, scratch.staged}, n0, strips, k0, k);
     for (int64_t t = t_begin; t < t_end; t += kBlock) {
       const int rows = static_cast<int>(least(kBlock, t_end - t));
       const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
-      left.fill(scratch.left, t, rows, k0, k);
-      float* sums = scratch.sums + (t - t_begin) * kPanelLanes;
+      const C* a = left.block(k0, t);
+      float* sums = scratch.sums + (t - t_begin) * kSumsRow;
       for (int s = 0; s < strips; ++s) {
-        const C* b = scratch.panel + s * scratch.kStripElements;
+        const C* b = scratch.panel + s * kStripElements<C>;
         float* c = sums + s * kStrip<C>;
         if (k0 == 0)
-          gemm<C, Start::zero>(padded, kStrip<C>, units, scratch.left, kLeftRow, b, kStrip<C>, c, kPanelLanes);
+          gemm<C, Start::zero>(padded, kStrip<C>, units, a, kLeftRow, b, kStrip<C>, c, kSumsRow);
         else
-          gemm<C, Start::add_to>(padded, kStrip<C>, units, scratch.left, kLeftRow, b, kStrip<C>, c,
-                                 kPanelLanes);
+          gemm<C, Start::add_to>(padded, kStrip<C>, units, a, kLeftRow, b, kStrip<C>, c, kSumsRow);
       }
       if (k0 + kChunk >= depth) finish(sums, t, rows);
     }

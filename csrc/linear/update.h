@@ -37,35 +37,46 @@ struct PackedRight {
   int64_t bytes(int64_t depth) const {
     return round_up((depth + kChunk - 1) / kChunk * kChunk * lanes * static_cast<int64_t>(sizeof(C)), 64);
   }
-  C* strip(int64_t k0, int s) const { return data + k0 * lanes + s * (kStrip<C> * int64_t{kChunk}); }
+  C* strip(int64_t k0, int s) const { return data + k0 * lanes + s * kStripElements<C>; }
 };
 
 // Packs chunk `k0` of a right side.
 template <class C, class Right>
 inline void pack_chunk(const PackedRight<C>& to, const Right& right, int64_t depth, int64_t k0, C* staged) {
   const int k = static_cast<int>(least(kChunk, depth - k0));
-  for (int s = 0; s * kStrip<C> < to.lanes; ++s) right.build(to.strip(k0, s), staged, s * kStrip<C>, k0, k);
+  right.build({to.strip(k0, 0), kStripElements<C>, staged}, 0, to.lanes / kStrip<C>, k0, k);
 }
 
-// sums[row][lane] (lanes apart) of a block of tokens with a right side that is packed.
-template <class C, class Left>
-inline void narrow_product(float* sums, const Left& left, const PackedRight<C>& right, int64_t depth,
+template <class C>
+inline void add_chunk(float* sums, const C* left, const PackedRight<C>& right, int64_t k0, int k, int rows) {
+  for (int s = 0; s * kStrip<C> < right.used; ++s) {
+    float* c = sums + s * kStrip<C>;
+    const int lanes = static_cast<int>(least(kStrip<C>, right.used - s * kStrip<C>));
+    if (k0 == 0)
+      gemm<C, Start::zero>(rows, lanes, depth_of<C>(k), left, kLeftRow, right.strip(k0, s), kStrip<C>, c,
+                           right.lanes);
+    else
+      gemm<C, Start::add_to>(rows, lanes, depth_of<C>(k), left, kLeftRow, right.strip(k0, s), kStrip<C>, c,
+                             right.lanes);
+  }
+}
+
+// sums[row][lane] (right.lanes apart) of a block of tokens with a right side that is packed.
+template <class T, class C>
+inline void narrow_product(float* sums, const Tokens<T, C>& left, const PackedRight<C>& right, int64_t depth,
                            int64_t t0, int rows, C* left_block) {
-  const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
-  for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
+  for (int64_t k0 = 0; k0 < most(depth, 1); k0 += kChunk) {
     const int k = static_cast<int>(least(kChunk, depth - k0));
     left.fill(left_block, t0, rows, k0, k);
-    for (int s = 0; s * kStrip<C> < right.used; ++s) {
-      float* c = sums + s * kStrip<C>;
-      const int lanes = static_cast<int>(least(kStrip<C>, right.used - s * kStrip<C>));
-      if (k0 == 0)
-        gemm<C, Start::zero>(padded, lanes, depth_of<C>(k), left_block, kLeftRow, right.strip(k0, s),
-                             kStrip<C>, c, right.lanes);
-      else
-        gemm<C, Start::add_to>(padded, lanes, depth_of<C>(k), left_block, kLeftRow, right.strip(k0, s),
-                               kStrip<C>, c, right.lanes);
-    }
+    add_chunk(sums, left_block, right, k0, k, static_cast<int>(round_up(rows, Unit<C>::kRowStep)));
   }
+}
+template <class C>
+inline void narrow_product(float* sums, const PackedLeft<C>& left, const PackedRight<C>& right, int64_t depth,
+                           int64_t t0, int rows) {
+  for (int64_t k0 = 0; k0 < most(depth, 1); k0 += kChunk)
+    add_chunk(sums, left.block(k0, t0), right, k0, static_cast<int>(least(kChunk, depth - k0)),
+              static_cast<int>(round_up(rows, Unit<C>::kRowStep)));
 }
 
 // What column r of the hidden values of token t counts: 0 where the row has another adapter.
@@ -75,17 +86,18 @@ inline float column_factor(const LinearCall& call, int64_t t, int r) {
 }
 
 // hidden = f(down drop(x)) of a block, from its sums: rounded into call.hidden, and scaled by column_scales
-// into `kept` (rows of rank.row, zeros past the rank) for the outer product.
+// into `kept` (rows of rank.row, zeros past the rank) for the outer product. `kept` begins at token `begin`.
 template <class T, class C>
 inline void settle_hidden(const LinearCall& call, const Rank<C>& rank, const float* sums, int64_t ld,
-                          int64_t t0, int rows, C* kept) {
+                          int64_t begin, int64_t t0, int rows, C* kept) {
   for (int i = 0; i < rows; ++i) {
-    T* hidden = out_at<T>(call.hidden, t0 + i, 0);
+    const int64_t t = begin + t0 + i;
+    T* hidden = out_at<T>(call.hidden, t, 0);
     C* row = kept + (t0 + i) * rank.row;
     for (int r = 0; r < rank.r; ++r) {
       float h = sums[i * ld + r];
       if (call.relu && h < 0.0f) h = 0.0f;
-      if (call.row_adapters && column_factor(call, t0 + i, r) == 0.0f) h = 0.0f;
+      if (call.row_adapters && column_factor(call, t, r) == 0.0f) h = 0.0f;
       hidden[r] = from_float<T>(h);
       h = to_float(hidden[r]);
       row[r] = from_float<C>(call.column_scales ? h * call.column_scales[r] : h);

@@ -115,14 +115,19 @@ def dkv_passes(p: Problem) -> tuple[tuple[bool, bool], ...]:
 
 @dataclass(frozen=True)
 class DecodeTiles(Tiles):
-    """chunk: how many keys one partial result covers; results depend on it, so it is fixed."""
+    """Results depend on both of these, so they do not depend on lengths or processors.
+
+    chunk      how many keys one partial result covers
+    combined   how many partial results are read at once when they are combined
+    """
 
     chunk: int = 256
+    combined: int = 32
 
 
 def decode_tiles(capability, p: Problem) -> DecodeTiles:
     if capability is None:
-        return DecodeTiles(queries=16, keys=16, num_warps=4, num_stages=1, chunk=32)
+        return DecodeTiles(16, 16, 4, 1, chunk=32, combined=4)
     n_rows = p.n_queries * p.queries_per_kv_head  # they share each tile of keys
     queries = 16 if n_rows <= 16 else 32 if n_rows <= 32 else 64
     if p.dtype == torch.float32:

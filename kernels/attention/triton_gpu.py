@@ -359,7 +359,7 @@ def decode_launches(
     }  # fmt: skip
     combine = {
         "sinks_ptr": _contiguous(p.sinks), "out_ptr": out, "lse_ptr": lse,
-        "CHUNKS": 16, "HAS_SINKS": p.sinks is not None, **shared,
+        "CHUNKS": tiles.combined, "HAS_SINKS": p.sinks is not None, **shared,
     }  # fmt: skip
     return [
         _launch(attention_decode_kernel, n_splits * n_shares, decode, tiles, q.device),
