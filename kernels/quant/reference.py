@@ -9,11 +9,11 @@ import torch
 def _normal_quantiles():
     # the outermost quantile leaves 1 - 0.9677083 of the mass, half of it on either side
     # (QLoRA, section 3): eight steps below zero, seven above, and zero itself
-    def quantile(p):
-        return torch.special.ndtri(p)
-
-    low = quantile(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
-    high = quantile(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
+    # at float32 probabilities, as the published table was computed
+    low, high = (
+        torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float32).double())[:-1]
+        for n in (8, 9)
+    )
     levels = torch.cat([-low, torch.zeros(1, dtype=torch.float64), high.flip(0)])
     return levels / levels.abs().max()
 

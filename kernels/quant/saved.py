@@ -2,8 +2,9 @@
 
 Each weight `name` is stored as the tensors name.codes, name.scales and those of offsets,
 input_order, nested_table and nested_absmax that it has. The header's text `tilewright.packed` is
-JSON: {"version": 1, "weights": {name: {format, shape, group_size, dtype, nested}}}, where nested is
-null or {offset, block}.
+JSON: {"version": 1, "weights": {name: {format, shape, group_size, dtype, nested}}, "metadata": {}},
+where nested is null or {offset, block}. It is the header's only text: safetensors writes several in
+no fixed order.
 """
 
 from __future__ import annotations
@@ -50,17 +51,15 @@ def save_packed(
     weights    by name, such as "model.layers.0.mlp.up_proj.weight"; each is (O, I)
     metadata   texts to keep with them
 
-    ValueError: metadata is not text to text, or uses the name "tilewright.packed". OSError: the
-    file cannot be written.
+    The same weights and texts give the same bytes.
+    ValueError: metadata is not text by name. OSError: the file cannot be written.
 
     Source: the safetensors format, github.com/huggingface/safetensors.
     """
     texts = dict(metadata or {})
     for name, text in texts.items():
-        if not isinstance(name, str) or not isinstance(text, str) or name == HEADER:
-            raise ValueError(
-                f"save_packed: metadata has {name!r}: {text!r}, need texts, not named {HEADER!r}"
-            )
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f"save_packed: metadata has {name!r}: {text!r}, need texts by name")
     tensors: dict[str, torch.Tensor] = {}
     entries = {}
     written: set[int] = set()
@@ -78,8 +77,8 @@ def save_packed(
             "dtype": str(packed.dtype).removeprefix("torch."),
             "nested": nested and {"offset": nested.offset, "block": nested.block},
         }
-    texts[HEADER] = json.dumps({"version": VERSION, "weights": entries}, allow_nan=False)
-    write_tensors(path, tensors, texts)
+    header = {"version": VERSION, "weights": entries, "metadata": texts}
+    write_tensors(path, tensors, {HEADER: json.dumps(header, allow_nan=False)})
 
 
 def load_packed(path: str | Path, device: torch.device | str = "cpu") -> SavedWeights:
@@ -97,9 +96,10 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> SavedWe
     if HEADER not in texts:
         raise InputError(f"load_packed: {path} holds no packed weights (no {HEADER} in its header)")
     try:
-        header = json.loads(texts.pop(HEADER))
+        header = json.loads(texts[HEADER])
         version, entries = header["version"], dict(header["weights"])
-    except (ValueError, KeyError, TypeError) as error:
+        metadata = {str(name): str(text) for name, text in header["metadata"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"its header cannot be read: {error!r}") from error
     if version != VERSION:
         raise InputError(
@@ -109,7 +109,7 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> SavedWe
     weights = {name: _weight(path, name, entry, tensors) for name, entry in entries.items()}
     if tensors:
         raise _damaged(path, f"{', '.join(sorted(tensors)[:4])} belong to no weight")
-    return SavedWeights({name: w.to(device) for name, w in weights.items()}, texts)
+    return SavedWeights({name: w.to(device) for name, w in weights.items()}, metadata)
 
 
 def _damaged(path: str | Path, reason: str) -> InputError:

@@ -17,7 +17,10 @@ FP8_LARGEST = 448.0
 E2M1_LARGEST_EXPONENT = 2  # of 6 = 1.5 * 2**2
 LEAST_DIVISOR = 1e-38  # bitsandbytes' guard of 1 / absmax
 # int4: the largest weight becomes -8 times a scale of largest / divisor; above 8 it is clipped
-DIVISORS = (7.5, 8.0, 8.5, 9.0, 9.5, 10.25, 11.0, 12.0)
+DIVISORS = (7.5, 8.0, 8.5, 9.0, 9.75, 10.75, 12.0)
+DIVISORS_OF_LONG_GROUPS = (14.0, 17.0, 21.0, 26.0)  # their largest of many weights lies farther out
+LONG_GROUP = 128
+REFINEMENTS = 2
 HQQ_STEPS, HQQ_P, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01
 LEAST_RANGE = 2.0**-120  # below, 15 / range would overflow: the group is taken as constant
 
@@ -70,10 +73,11 @@ def least_squares_scales(groups: torch.Tensor) -> torch.Tensor:
     size = absmax(groups)
     unit = groups / torch.where(size == 0, 1.0, size)[..., None]
     largest = unit.gather(-1, unit.abs().argmax(-1, keepdim=True)) if unit.shape[-1] else unit
-    best_gain = torch.full_like(size, -1.0)
-    best_scale = torch.zeros_like(size)
-    for divisor in DIVISORS:
-        scale = -largest / divisor
+    best_gain, best_scale = torch.full_like(size, -1.0), torch.zeros_like(size)
+    divisors = DIVISORS + DIVISORS_OF_LONG_GROUPS * (unit.shape[-1] > LONG_GROUP)
+    for divisor in (*divisors, *[None] * REFINEMENTS):
+        # the last ones start from the best scale so far, which was not among the divisors
+        scale = best_scale[..., None] if divisor is None else -largest / divisor
         codes = (unit / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
         along, length = (unit * codes).sum(-1), codes.square().sum(-1).clamp(min=1.0)
         gain = along.square() / length
@@ -141,7 +145,7 @@ def _boundaries(format: str) -> tuple[torch.Tensor, torch.Tensor]:
 def table_codes(scaled: torch.Tensor, format: str) -> torch.Tensor:
     """Nearest level of values divided by their absmax; a tie goes down, as in bitsandbytes."""
     middles, order = (t.to(scaled.device) for t in _boundaries(format))
-    return order[torch.bucketize(scaled, middles)]
+    return order[torch.bucketize(scaled.contiguous(), middles)]
 
 
 def e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
@@ -150,7 +154,7 @@ def e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
     middles = (magnitudes[:-1] + magnitudes[1:]) / 2
     # bucketize sends a tie down: past an odd code the boundary is a hair lower, so it goes up
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
-    codes = torch.bucketize(scaled.abs(), middles).to(torch.uint8)
+    codes = torch.bucketize(scaled.abs().contiguous(), middles).to(torch.uint8)
     return torch.where((scaled < 0) & (codes > 0), codes + 8, codes)
 
 
