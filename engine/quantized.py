@@ -65,8 +65,9 @@ class Layout:
         """A weight of this layout whose tensors have yet to be filled."""
         return PackedWeight.empty(
             self.format, n_out, n_in, self.group_size or n_in, getattr(torch, self.scales),
-            offsets=self.offsets and getattr(torch, self.offsets), has_input_order=self.input_order,
-            nested_block=self.nested_block, dtype=dtype, device=device,
+            offsets=getattr(torch, self.offsets) if self.offsets else None,
+            has_input_order=self.input_order, nested_block=self.nested_block, dtype=dtype,
+            device=device,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -140,20 +141,24 @@ class QuantizedLinear(nn.Linear):
 
     def _assemble(self) -> PackedWeight:
         empty = self.layout.empty(self.out_features, self.in_features, self.dtype, "meta")
-        of = self._buffers
         nested = empty.nested
         if nested is not None:
-            offset = of["nested_offset"]
-            assert offset is not None
+            offset = self._tensor("nested_offset")
             nested = nested._replace(
-                table=of["nested_table"],
-                absmax=of["nested_absmax"],
+                table=self._tensor("nested_table"),
+                absmax=self._tensor("nested_absmax"),
                 offset=0.0 if offset.is_meta else float(offset),
             )
         return replace(
-            empty, codes=of["codes"], scales=of["scales"], offsets=of["offsets"],
-            input_order=of["input_order"], nested=nested,
+            empty, codes=self._tensor("codes"), scales=self._tensor("scales"),
+            offsets=self._buffers["offsets"], input_order=self._buffers["input_order"],
+            nested=nested,
         )  # fmt: skip
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        tensor = self._buffers[name]
+        assert tensor is not None, name
+        return tensor
 
     @property
     def format(self) -> str:
@@ -172,7 +177,7 @@ class QuantizedLinear(nn.Linear):
 
     def expect_layout(self, name: str) -> None:
         """ValueError: the tensors, set one by one from a file, are of another layout."""
-        found = _read_layout(self.packing)
+        found = _read_layout(self._tensor("packing"))
         if found != self.layout:
             raise ValueError(
                 f"{name} is packed with {found} in the weights and with {self.layout} by "
@@ -183,12 +188,12 @@ class QuantizedLinear(nn.Linear):
         return {name: value for name, value in vars(self).items() if name != "_packed"}
 
     def _apply(self, fn, recurse=True):
-        before = {name: self._buffers[name] for name in self.TENSORS}
+        before = {name: t for name, t in self._buffers.items() if t is not None}
         probe = fn(torch.empty(0, dtype=self.dtype, device=before["codes"].device))
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved.dtype != tensor.dtype:
+            moved = self._tensor(name)
+            if moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         self.dtype, self._packed = probe.dtype, None
         return self
@@ -231,7 +236,7 @@ class DecodedWeight(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise cls._refusal()
 
@@ -418,7 +423,9 @@ def _groups(layout: Layout) -> str:
 
 def _mark(model: nn.Module, format) -> None:
     """Let a model of transformers know, so that it is saved and trained as a quantized one."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    base: Any = model
+    if hasattr(model, "peft_config"):
+        base = base.get_base_model()
     if hasattr(base, "config") and hasattr(base, "save_pretrained"):
         from tilewright import quantizer
 

@@ -68,7 +68,7 @@ class QuantConfig(QuantizationConfigMixin):
                 f"QuantConfig: modules_to_not_convert is {modules_to_not_convert!r}, "
                 "need a list of names"
             )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format = format
         self.modules_to_not_convert = modules_to_not_convert
         self.layouts = layouts
@@ -188,24 +188,26 @@ class _PackWeight(ConversionOps):
         return {}
 
 
-def mark(model: PreTrainedModel, format=None) -> None:
-    """Bring the model's quantization_config in line with its layers; without packed ones, drop it.
+def mark(model: Any, format=None) -> None:
+    """Bring the configuration of a transformers model in line with its layers.
 
-    format   that they were last packed by; None: as the model's own configuration says
+    format   that they were last packed by; None: as the configuration says already
     """
     packed = quantized_layers(model)
+    present: Any = getattr(model, "hf_quantizer", None)
+    is_ours = isinstance(present, TilewrightQuantizer)
     if not packed:
-        if isinstance(getattr(model, "hf_quantizer", None), TilewrightQuantizer):
-            model.hf_quantizer.remove_quantization_config(model)
+        if is_ours:
+            present.remove_quantization_config(model)
         return
-    if format is None:
-        options: dict[str, Any] = {}
-        name = "int4" if packed[0][1].format == "uint4" else packed[0][1].format
-        if isinstance(getattr(model, "hf_quantizer", None), TilewrightQuantizer):
-            name, options = _described(model.hf_quantizer.quantization_config.record)
-        name = "mxfp4" if name == "e2m1" else name
-    else:
+    if format is not None:
         name, options = _described(format)
+    elif is_ours:
+        name, options = _described(present.quantization_config.record)
+    else:
+        code = packed[0][1].format
+        name = {"uint4": "int4", "e2m1": "mxfp4"}.get(code, code)
+        options = {"symmetric": False} if code == "uint4" else {}
     layouts = {_plain(n): layer.layout for n, layer in packed}
     ((usual, _),) = Counter(layouts.values()).most_common(1)
     others = [
@@ -222,8 +224,8 @@ def mark(model: PreTrainedModel, format=None) -> None:
     )  # fmt: skip
     model.hf_quantizer = TilewrightQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
-    model.quantization_method = METHOD  # type: ignore[assignment]
-    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = METHOD
+    model.is_quantized = True
 
 
 def _described(format) -> tuple[str, dict[str, Any]]:
