@@ -6,7 +6,7 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from yardstick import assert_errs_at_most_twice_stock, rms
 
@@ -282,6 +282,36 @@ def test_accelerated_and_stock_peft_agree_over_packed_layers():
     for name, grad in found[0][1].items():
         assert rms(grad - found[1][1][name]) <= 1e-5 * rms(found[1][1][name]), name
     assert all(torch.equal(b, packed[n]) for n, b in ours.named_buffers())
+
+
+def test_the_usual_recipe_under_autocast_errs_at_most_twice_as_peft_does():
+    model = llama().to(torch.bfloat16)
+    tw.quantize(model, tw.NF4(double_quant=True))
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    torch.manual_seed(3)
+    stock = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in stock.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    stock.train()
+    ours = copy.deepcopy(stock)
+    tw.accelerate(ours)
+    ids, grads = tiny.tokens(), {}
+    for name, of, autocast in (
+        ("truth", stock, False),
+        ("stock", stock, True),
+        ("ours", ours, True),
+    ):
+        of.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            of(ids, labels=ids).loss.backward()
+        grads[name] = {n: p.grad.clone() for n, p in of.named_parameters() if p.requires_grad}
+    errors = {
+        name: rms(torch.cat([(g - grads["truth"][n]).flatten() for n, g in grads[name].items()]))
+        for name in ("stock", "ours")
+    }
+    assert grads["ours"].keys() == grads["truth"].keys() and errors["stock"] > 0
+    assert errors["ours"] <= 2 * errors["stock"], errors
 
 
 def test_peft_cannot_merge_into_a_packed_layer_and_is_told_who_can():
