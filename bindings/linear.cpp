@@ -77,7 +77,8 @@ tw::PackedWeight packed_of(const py::tuple& t, int64_t n_in) {
 }
 
 // dtype, (T, I, O, R), x, y, weight, packed or None, bias, out_scale, down, up, hidden,
-// (scale, relu, row_adapters, column_adapters, column_scales, dropout_p, dropout_seed, input_order), threads
+// (scale, relu, row_adapters, column_adapters, column_scales, dropout_p, dropout_seed, input_order,
+//  int8_activations), threads
 tw::LinearCall call_of(const std::string& dtype, const py::tuple& extents, const py::tuple& x,
                        const py::tuple& y, const py::tuple& weight, const py::object& packed, int64_t bias,
                        int64_t out_scale, const py::tuple& down, const py::tuple& up, const py::tuple& hidden,
@@ -108,6 +109,7 @@ tw::LinearCall call_of(const std::string& dtype, const py::tuple& extents, const
   call.dropout_p = rule[5].cast<float>();
   call.dropout_seed = static_cast<uint64_t>(rule[6].cast<int64_t>());
   call.input_order = pointer<const int32_t>(rule[7]);
+  call.int8_activations = rule[8].cast<bool>();
   call.threads = threads;
   const int64_t size = call.out_features * call.in_features;
   TW_CHECK(size == 0 || call.weight.data || call.packed.codes, "fused_linear: null pointer to ", size,

@@ -76,6 +76,21 @@ def test_flat_blocks_give_the_stored_ones(golden):
     bitwise(tilewright.dequantize_blockwise(codes, absmax, original.shape), golden["flat.decoded"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_offset_that_was_rounded_to_two_bytes_is_taken_as_it_is(golden, dtype):
+    name = "nf4-nested"
+    offset = torch.tensor(0.0437, dtype=dtype).item()
+    stored = changed(golden, name, nested_offset=offset)
+    packed = tilewright.read_bitsandbytes(stored, name)
+    codes = blockwise.unpack(stored[f"{name}.weight"].flatten(), 65 * 128)
+    second = stored[f"{name}.weight.nested_absmax"].repeat_interleave(256)[:260]
+    table = stored[f"{name}.weight.nested_quant_map"]
+    absmax = table[stored[f"{name}.weight.absmax"].long()] * second + offset
+    levels = stored[f"{name}.weight.quant_map"][codes.long()]
+    truth = (levels * absmax.repeat_interleave(32)).view(65, 128)
+    assert torch.equal(tilewright.dequantize_weight(packed, torch.float32), truth)
+
+
 # --- against bitsandbytes itself ---
 
 

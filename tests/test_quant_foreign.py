@@ -95,6 +95,22 @@ def test_gptq_codes_are_those_of_a_plain_loop(gptq):
         assert codes[o, i] == word >> 4 * (i % 8) & 15
 
 
+def test_gptq_of_8_bits_with_zero_points_off_the_middle(gptq):
+    tensors = part(gptq, "8-bit")
+    zeros = torch.randint(100, 156, (4, 32))
+    by_four = zeros.view(4, 8, 4).to(torch.int64)
+    packed_zeros = sum(by_four[..., i] << 8 * i for i in range(4))
+    tensors["qzeros"] = torch.where(packed_zeros >= 2**31, packed_zeros - 2**32, packed_zeros).to(
+        torch.int32
+    )
+    codes = torch.stack([tensors["qweight"][i // 4] >> 8 * (i % 4) & 255 for i in range(128)], 1)
+    group = torch.arange(128) // 32
+    truth = (codes - zeros.t()[:, group]) * tensors["scales"].t().float()[:, group]
+    packed = tilewright.read_gptq(tensors, version=2)
+    assert packed.format == "int8" and packed.offsets is not None
+    assert_same(packed, truth)
+
+
 # --- AWQ ---
 
 

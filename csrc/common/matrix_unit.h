@@ -19,6 +19,12 @@ constexpr double kUnitRoundOperations = 4 * 2.0 * 2 * kUnitTile * kUnitTile * kU
 template <int ROWS, int LANES, bool ADDS>
 void unit_product(int depth, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c, int64_t ldc);
 
+// The same of signed bytes: 16 rows of 64 bytes, B[k / 4][n][4], C of int32; depth counts fours of bytes, a
+// multiple of kUnitTile; lda counts bytes, ldb and ldc 32-bit words. c is overwritten.
+template <int ROWS, int LANES>
+void unit_byte_product(int depth, const int8_t* a, int64_t lda, const int8_t* b, int64_t ldb, int32_t* c,
+                       int64_t ldc);
+
 #if defined(TW_ISA_amx)
 
 // What ldtilecfg reads: eight tiles of 16 rows of 64 bytes.
@@ -71,6 +77,38 @@ template <int ROWS, int LANES, bool ADDS>
     if constexpr (ROWS == 2 && LANES == 2) _tile_dpbf16ps(3, 5, 7);
     a += 2 * kUnitTile;
     b += kUnitTile * ldb * 2;
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (LANES == 2) _tile_stored(1, c + kUnitTile, c_bytes);
+  if constexpr (ROWS == 2) _tile_stored(2, c + kUnitTile * ldc, c_bytes);
+  if constexpr (ROWS == 2 && LANES == 2) _tile_stored(3, c + kUnitTile * ldc + kUnitTile, c_bytes);
+  __asm__ volatile("" ::: "memory");
+}
+
+template <int ROWS, int LANES>
+[[gnu::always_inline]] inline void unit_byte_product(int depth, const int8_t* a, int64_t lda, const int8_t* b,
+                                                     int64_t ldb, int32_t* c, int64_t ldc) {
+  const int64_t b_bytes = ldb * 4, c_bytes = ldc * 4;
+  __asm__ volatile("" ::: "memory");  // gcc 12 takes a tile load for one that reads no memory
+  _tile_zero(0);
+  if constexpr (LANES == 2) _tile_zero(1);
+  if constexpr (ROWS == 2) _tile_zero(2);
+  if constexpr (ROWS == 2 && LANES == 2) _tile_zero(3);
+  for (int k = 0; k < depth; k += kUnitTile) {
+    _tile_loadd(6, b, b_bytes);
+    _tile_loadd(4, a, lda);
+    _tile_dpbssd(0, 4, 6);
+    if constexpr (LANES == 2) {
+      _tile_loadd(7, b + 4 * kUnitTile, b_bytes);
+      _tile_dpbssd(1, 4, 7);
+    }
+    if constexpr (ROWS == 2) {
+      _tile_loadd(5, a + kUnitTile * lda, lda);
+      _tile_dpbssd(2, 5, 6);
+    }
+    if constexpr (ROWS == 2 && LANES == 2) _tile_dpbssd(3, 5, 7);
+    a += 4 * kUnitTile;
+    b += kUnitTile * ldb * 4;
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (LANES == 2) _tile_stored(1, c + kUnitTile, c_bytes);

@@ -134,5 +134,55 @@ struct PairTable<bf16> {
 
 #endif
 
+// Products of bytes: four neighbours of an unsigned and a signed operand are multiplied and added to 32 bits.
+template <class C>
+struct ByteUnit;
+
+#if defined(TW_ISA_avx512_bf16)
+
+constexpr bool kHasByteDot = true;
+
+template <>
+struct ByteUnit<int8_t> {
+  static vi none() { return _mm512_setzero_si512(); }
+  static vi load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, vi x) { _mm512_storeu_si512(p, x); }
+  static vi broadcast(const void* p) {
+    int32_t four;
+    memcpy(&four, p, sizeof(four));
+    return _mm512_set1_epi32(four);
+  }
+  static vi mac(vi acc, vi unsigned_four, vi signed_four) {
+    return _mm512_dpbusd_epi32(acc, unsigned_four, signed_four);
+  }
+  static vf floats(vi x) { return _mm512_cvtepi32_ps(x); }
+  // -128 times the sum of each word's four bytes, on top of acc
+  static vi less_128_times(vi acc, vi signed_four) {
+    return _mm512_sub_epi32(acc, _mm512_dpbusd_epi32(none(), _mm512_set1_epi8(-128), signed_four));
+  }
+
+  // the values of the low or high nibbles of all bytes, by a table of 16 signed bytes
+  static vi low_nibbles(const int8_t* table, vi words) { return look_up(table, words); }
+  static vi high_nibbles(const int8_t* table, vi words) { return look_up(table, _mm512_srli_epi32(words, 4)); }
+  static vi look_up(const int8_t* table, vi words) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen),
+                               _mm512_and_si512(words, _mm512_set1_epi8(15)));
+  }
+
+  // 16 whole numbers as bytes, `bias` added; in the order 0 4 1 5 2 6 3 7 of each eight if asked
+  static void store_codes(uint8_t* p, vf codes, int bias, bool in_nibble_order) {
+    __m128i bytes =
+        _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(codes), _mm512_set1_epi32(bias)));
+    if (in_nibble_order)
+      bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
+};
+
+#else
+constexpr bool kHasByteDot = false;
+#endif
+
 }  // namespace
 }  // namespace tw

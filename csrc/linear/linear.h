@@ -35,6 +35,8 @@ struct LinearCall {
   const float* column_scales;      // (R), or nullptr; instead of scale
   float dropout_p;
   uint64_t dropout_seed;
+  // the base product reads x rounded to 8 bits; of a packed weight whose table holds whole numbers
+  bool int8_activations;
   const int32_t* input_order;  // (I): which input of the dropout's numbering each column is, or nullptr
   int threads;
 };
@@ -53,10 +55,12 @@ struct LinearBackwardCall {
 bool linear_forward(const LinearCall& call);
 bool linear_backward(const LinearBackwardCall& call);
 
+// linear_rows is for a few tokens; linear_int8 says whether the call is one for it, and does nothing if not.
 #define TW_LINEAR_KERNELS(level)                         \
   namespace level {                                      \
   bool linear_forward(const LinearCall& call);           \
   bool linear_rows(const LinearCall& call);              \
+  bool linear_int8(const LinearCall& call, bool* fits);  \
   bool linear_backward(const LinearBackwardCall& call);  \
   }
 TW_LINEAR_KERNELS(portable)

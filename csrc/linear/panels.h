@@ -10,7 +10,7 @@
 #include "common/gemm_tile.h"
 #include "common/packed_lines.h"
 #include "common/philox.h"
-#include "linear/linear.h"
+#include "linear/eight_bits.h"
 
 namespace tw {
 namespace {
@@ -79,6 +79,7 @@ struct Tokens {
   Rows rows;
   const float* factors = nullptr;       // of each k, or nullptr
   const LinearCall* dropout = nullptr;  // whose dropout applies, or nullptr
+  const float* scales = nullptr;        // of each token: round to codes of 8 bits; or nullptr
 
   void fill(C* block, int64_t t0, int n_rows, int64_t k0, int k) const {
     const int width = depth_of<C>(k) * Unit<C>::kDepth;
@@ -90,6 +91,7 @@ struct Tokens {
         continue;
       }
       copy_row(row, row_at<T>(rows, t0 + r, k0), 1, k, width);
+      if (scales) round_to_codes(row, k, scales[t0 + r]);
       if (factors) scale_row(row, factors + k0, k);
       if (dropout && dropout->dropout_p > 0) drop_row(row, *dropout, t0 + r, k0, k);
     }

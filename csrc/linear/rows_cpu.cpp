@@ -4,7 +4,7 @@
 #include "common/packed_lines.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "linear/linear.h"
+#include "linear/eight_bits.h"
 
 namespace tw {
 namespace {
@@ -59,7 +59,47 @@ struct FewTokens {
   int64_t ld;
   const float* group_sums;  // (tokens, groups) sums of x, for offsets
   const float* hidden;      // (tokens, R), scaled
+  const float* row_scales;  // (tokens) factors of the base product, or nullptr
 };
+
+// y of W outputs from `o` on, of token t, from their base sums.
+template <class T>
+void finish_outputs(const LinearCall& call, const float* all_hidden, const float* row_scales, int t, int64_t o,
+                    vf y) {
+  const int some = static_cast<int>(least(W, call.out_features - o));
+  if (some <= 0) return;
+  if (row_scales) y = mul(y, set1(row_scales[t]));
+  if (call.bias) y = add(y, load_n(call.bias + o, some));
+  if (call.out_scale) y = mul(y, load_n(call.out_scale + o, some));
+  if (call.rank > 0) {
+    const float* hidden = all_hidden + t * call.rank;
+    float update[W];
+    for (int i = 0; i < W; ++i) {
+      vf dot = zero();
+      const T* up = static_cast<const T*>(call.up.data) + (o + (i < some ? i : 0)) * call.up.row;
+      for (int r = 0; r < call.rank; r += W) {
+        const int n = static_cast<int>(least(W, call.rank - r));
+        dot = fma(load_n(up + r, n), load_n(hidden + r, n), dot);
+      }
+      update[i] = sum(dot);
+    }
+    y = add(y, load(update));
+  }
+  T* to = static_cast<T*>(call.y.data) + t * call.y.row + o;
+  if (some == W)
+    store(to, y);
+  else
+    store_n(to, y, some);
+}
+
+// W units of a dense row, as the products of type C take them
+template <class C, class T>
+[[gnu::always_inline]] inline auto dense_lanes(const T* row) {
+  if constexpr (sizeof(C) == sizeof(T))
+    return Unit<C>::lanes(reinterpret_cast<const C*>(row));
+  else
+    return load(row);  // converted to float
+}
 
 // y of BLOCKS row blocks from `block` on.
 template <class T, class C, Codes KIND, int TOKENS, int BLOCKS>
@@ -104,35 +144,40 @@ void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, 
     }
   }
 
-  const int tokens = static_cast<int>(call.tokens);
   for (int b = 0; b < BLOCKS; ++b)
-    for (int v = 0; v < kRowVectors; ++v) {
-      const int64_t o = (block + b) * kLineRows + v * W;
-      const int some = static_cast<int>(least(W, call.out_features - o));
-      if (some <= 0) continue;
-      for (int t = 0; t < tokens; ++t) {
-        vf y = sums[b][v][t];
-        if (call.bias) y = add(y, load_n(call.bias + o, some));
-        if (call.out_scale) y = mul(y, load_n(call.out_scale + o, some));
-        if (call.rank > 0) {
-          float update[W];
-          for (int i = 0; i < W; ++i) {
-            vf dot = zero();
-            const T* up = static_cast<const T*>(call.up.data) + (o + (i < some ? i : 0)) * call.up.row;
-            for (int r = 0; r < call.rank; r += W) {
-              const int n = static_cast<int>(least(W, call.rank - r));
-              dot = fma(load_n(up + r, n), load_n(few.hidden + t * call.rank + r, n), dot);
-            }
-            update[i] = sum(dot);
-          }
-          y = add(y, load(update));
-        }
-        T* to = static_cast<T*>(call.y.data) + t * call.y.row + o;
-        if (some == W)
-          store(to, y);
-        else
-          store_n(to, y, some);
+    for (int v = 0; v < kRowVectors; ++v)
+      for (int t = 0; t < static_cast<int>(call.tokens); ++t)
+        finish_outputs<T>(call, few.hidden, few.row_scales, t, (block + b) * kLineRows + v * W, sums[b][v][t]);
+}
+
+// y of kDots dense rows from `o` on, each read once.
+constexpr int kDots = 4;
+template <class T, class C, int TOKENS>
+void dense_dots(const LinearCall& call, const FewTokens<C>& few, int64_t o, float (&dots)[TOKENS][kDots]) {
+  constexpr int kStep = W * Unit<C>::kDepth;
+  const int64_t n = call.in_features, whole = n / kStep * kStep;
+  const T* rows[kDots];
+  for (int d = 0; d < kDots; ++d)
+    rows[d] = static_cast<const T*>(call.weight.data) + least(o + d, call.out_features - 1) * call.weight.row;
+  vf sums[kDots][TOKENS];
+  for (auto& of_row : sums)
+    for (vf& sum : of_row) sum = zero();
+  for (int64_t i = 0; i < whole; i += kStep)
+#pragma GCC unroll 4
+    for (int d = 0; d < kDots; ++d) {
+      const auto row = dense_lanes<C>(rows[d] + i);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t)
+        sums[d][t] = Unit<C>::mac(sums[d][t], Unit<C>::lanes(few.x + t * few.ld + i), row);
+    }
+  for (int d = 0; d < kDots; ++d)
+    for (int t = 0; t < TOKENS; ++t) {
+      vf tail = zero();
+      for (int64_t i = whole; i < n; i += W) {
+        const int some = static_cast<int>(least(W, n - i));
+        tail = fma(load_n(few.x + t * few.ld + i, some), load_n(rows[d] + i, some), tail);
       }
+      dots[t][d] = sum(add(sums[d][t], tail));
     }
 }
 
@@ -158,55 +203,85 @@ void hidden_value(const LinearCall& call, float* kept, int t, int r) {
   kept[t * call.rank + r] = to_float(*hidden) * (call.column_scales ? call.column_scales[r] : call.scale);
 }
 
-template <class T, Codes KIND, int TOKENS, int BLOCKS>
-bool few_rows(const LinearCall& call) {
-  using C = typename ComputeType<T>::type;
-  using X = typename LineProduct<C, KIND>::X;
+// f(few tokens, team) on all threads, once x and hidden are there.
+template <class T, class X, int TOKENS, class F>
+bool with_few_tokens(const LinearCall& call, const F& f) {
   const PackedWeight& w = call.packed;
-  const int64_t ld = round_up(call.in_features, 64);
-  const int64_t blocks = (call.out_features + kLineRows - 1) / kLineRows;
-  const double weights = static_cast<double>(call.in_features) * static_cast<double>(call.out_features);
+  const bool has_offsets = !call.weight.data && w.offsets;
+  const int64_t ld = round_up(call.in_features, 64), n = call.in_features;
+  const double weights = static_cast<double>(n) * static_cast<double>(call.out_features);
   const int threads = weights < kSerialWeights ? 1 : call.threads;
   const int64_t x_bytes = round_up(TOKENS * ld * static_cast<int64_t>(sizeof(X)), 64);
-  const int64_t sums_bytes = w.offsets ? round_up(TOKENS * w.groups * 4, 64) : 0;
-  char* workspace = take_workspace(x_bytes + sums_bytes + TOKENS * call.rank * 4);
+  const int64_t sums_bytes = has_offsets ? round_up(TOKENS * w.groups * 4, 64) : 0;
+  char* workspace = take_workspace(x_bytes + sums_bytes + 64 * TOKENS + TOKENS * call.rank * 4);
   if (!workspace) return false;
   X* x = reinterpret_cast<X*>(workspace);
   float* group_sums = reinterpret_cast<float*>(workspace + x_bytes);
-  float* hidden = reinterpret_cast<float*>(workspace + x_bytes + sums_bytes);
-  const FewTokens<X> few{x, ld, group_sums, hidden};
+  float* row_scales = reinterpret_cast<float*>(workspace + x_bytes + sums_bytes);
+  float* hidden = row_scales + 16 * TOKENS;
+  const FewTokens<X> few{x, ld, group_sums, hidden, call.int8_activations ? row_scales : nullptr};
   const int tokens = static_cast<int>(call.tokens);
   for (int t = 0; t < TOKENS; ++t) {
     X* row = x + t * ld;
-    if (t < tokens)
-      copy_row(row, static_cast<const T*>(call.x.data) + t * call.x.row, 1,
-               static_cast<int>(call.in_features), static_cast<int>(ld));
-    else
+    if (t >= tokens) {
       memset(static_cast<void*>(row), 0, static_cast<size_t>(ld) * sizeof(X));
-    for (int64_t group = 0; w.offsets && group < w.groups; ++group) {
-      const int64_t begin = group * w.group_size;
-      const int64_t end = w.groups == 1 ? call.in_features : least(begin + w.group_size, call.in_features);
+      continue;
+    }
+    const T* from = static_cast<const T*>(call.x.data) + t * call.x.row;
+    copy_row(row, from, 1, static_cast<int>(n), static_cast<int>(ld));
+    if (call.int8_activations) {
+      row_scales[t] = eight_bit_scale(from, n);
+      round_to_codes(row, n, row_scales[t]);
+    }
+    for (int64_t group = 0; has_offsets && group < w.groups; ++group) {
+      const int64_t begin = group * w.group_size, end = w.groups == 1 ? n : least(begin + w.group_size, n);
       vf sum_of = zero();
-      for (int64_t i = begin; i < end; i += W)  // groups of 8 are half a vector
+      for (int64_t i = begin; i < end; i += W)
         sum_of = add(sum_of, load_n(row + i, static_cast<int>(least(W, end - i))));
       group_sums[t * w.groups + group] = sum(sum_of);
     }
   }
-
   run_team(threads, [&](const Team& team) {
     if (call.rank > 0) {
       for (int64_t i = team.id; i < static_cast<int64_t>(tokens) * call.rank; i += team.size)
         hidden_value<T>(call, hidden, static_cast<int>(i / call.rank), static_cast<int>(i % call.rank));
       team.barrier();
     }
+    f(few, team);
+  });
+  give_workspace(workspace);
+  return true;
+}
+
+template <class T, Codes KIND, int TOKENS, int BLOCKS>
+bool packed_rows(const LinearCall& call) {
+  using C = typename ComputeType<T>::type;
+  using X = typename LineProduct<C, KIND>::X;
+  return with_few_tokens<T, X, TOKENS>(call, [&](const FewTokens<X>& few, const Team& team) {
     // neighbouring blocks to one thread: it reads one stretch of memory
+    const int64_t blocks = (call.out_features + kLineRows - 1) / kLineRows;
     int64_t block = blocks * team.id / team.size;
     const int64_t end = blocks * (team.id + 1) / team.size;
     for (; block + BLOCKS <= end; block += BLOCKS) row_blocks<T, C, KIND, TOKENS, BLOCKS>(call, few, block);
     for (; block < end; ++block) row_blocks<T, C, KIND, TOKENS, 1>(call, few, block);
   });
-  give_workspace(workspace);
-  return true;
+}
+
+template <class T, int TOKENS>
+bool dense_rows(const LinearCall& call) {
+  using C = typename ComputeType<T>::type;
+  return with_few_tokens<T, C, TOKENS>(call, [&](const FewTokens<C>& few, const Team& team) {
+    const int64_t steps = (call.out_features + W - 1) / W;
+    for (int64_t step = steps * team.id / team.size; step < steps * (team.id + 1) / team.size; ++step) {
+      float sums[TOKENS][W], dots[TOKENS][kDots];
+      for (int o = 0; o < W; o += kDots) {
+        dense_dots<T, C, TOKENS>(call, few, step * W + o, dots);
+        for (int t = 0; t < TOKENS; ++t) memcpy(sums[t] + o, dots[t], sizeof(dots[t]));
+      }
+      for (int t = 0; t < static_cast<int>(call.tokens); ++t)
+        finish_outputs<T>(call, few.hidden, nullptr, t, step * W, load(sums[t]));
+    }
+  });
 }
 
 }  // namespace
@@ -216,19 +291,24 @@ namespace TW_ISA {
 bool linear_rows(const LinearCall& call) {
   return by_dtype(call.dtype, [&](auto x) {
     using T = decltype(x);
+    if (call.weight.data) {
+      if (call.tokens <= 1) return dense_rows<T, 1>(call);
+      if (call.tokens <= 2) return dense_rows<T, 2>(call);
+      return dense_rows<T, 4>(call);
+    }
     bool done = false;
     by_kind(call.packed.kind, [&](auto kind) {
       constexpr Codes KIND = decltype(kind)::value;
       if (call.tokens <= 1)
-        done = few_rows<T, KIND, 1, 4>(call);
+        done = packed_rows<T, KIND, 1, 4>(call);
       else if (call.tokens <= 2)
-        done = few_rows<T, KIND, 2, 4>(call);
+        done = packed_rows<T, KIND, 2, 4>(call);
       else if (call.tokens <= 4)
-        done = few_rows<T, KIND, 4, 2>(call);
+        done = packed_rows<T, KIND, 4, 2>(call);
       else if (call.tokens <= 8)
-        done = few_rows<T, KIND, 8, 1>(call);
+        done = packed_rows<T, KIND, 8, 1>(call);
       else
-        done = few_rows<T, KIND, 16, 1>(call);
+        done = packed_rows<T, KIND, 16, 1>(call);
     });
     return done;
   });

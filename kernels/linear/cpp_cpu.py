@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.native import native
-from tilewright.ops.common.packed import FORMATS
+from tilewright.ops.common.packed import FORMATS, eight_bit_table
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -18,8 +18,6 @@ def why_not(p: Problem) -> str | None:
         return f"tensors are on {p.device}"
     if p.dtype not in NAMES:
         return f"no kernel for {p.dtype}"
-    if p.int8_activations:
-        return "no kernel for int8_activations"
     if p.format != DENSE and p.group_size % 8 and p.group_size < p.in_features:
         return f"group_size is {p.group_size}, the kernel needs a multiple of 8"
     try:
@@ -87,6 +85,8 @@ class _Held:
         if self.codes is None or self.scales is None:
             return None
         table = FORMATS[p.format].table
+        if p.int8_activations:
+            table = eight_bit_table(p.format)
         return (
             "table" if table else p.format, list(table or ()), self.codes.data_ptr(),
             self.codes.shape[1], SCALE_NAMES[self.scales.dtype], self.scales.data_ptr(),
@@ -99,7 +99,7 @@ class _Held:
         return (
             p.scale, p.activation == "relu", _address(self.row_adapters),
             _address(self.column_adapters), _address(self.column_scales), p.dropout_p, self.seed,
-            _address(self.input_order),
+            _address(self.input_order), p.int8_activations,
         )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class _ReferenceImplementation:
     def forward(cls, x, o, p):
         weight = cls._weight(p, o)
         if p.int8_activations:
-            codes, scale = reference.quantize_rows(x.double())
+            codes, scale = reference.quantize_rows(x)
             base, _ = reference.fused_linear(codes * scale, weight, o.bias, o.out_scale)
             zero = torch.zeros_like(weight)
             update, hidden = reference.fused_linear(x, zero, **cls._low_rank(x, p, o))

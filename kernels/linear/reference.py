@@ -35,12 +35,16 @@ def dropout_factors(seed, n_tokens, n_inputs, p):
 
 
 def quantize_rows(x):
-    """(T, I) -> whole numbers -127 .. 127 and the scale (T, 1) of each row, float64."""
+    """(T, I) -> whole numbers -127 .. 127 and the scale (T, 1) of each row, float64.
+
+    The scale and the quotient are rounded to float32, which settles what lies between two codes.
+    """
+    x = x.float()
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
     scale = largest / 127
     codes = torch.round(x / torch.where(scale > 0, scale, 1.0)).clamp(-127, 127)
     # an infinity or NaN makes the whole row NaN, and that row alone
-    return codes, torch.where(largest.isfinite(), scale, float("nan"))
+    return codes.double(), torch.where(largest.isfinite(), scale, float("nan")).double()
 
 
 def fused_linear(

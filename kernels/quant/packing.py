@@ -107,13 +107,13 @@ def pack(weight: torch.Tensor, format: QuantFormat) -> PackedWeight:
     offsets = torch.empty_like(scales) if has_offsets else None
     for rows in chunks(n_out, n_in):
         some = slice(rows.start // ROWS, -(-rows.stop // ROWS))
-        found = _rows(
+        row_codes, row_scales, row_offsets = _rows(
             weight[rows].float(), format, group_size, dtype, None if fixed is None else fixed[rows]
         )
-        codes[some] = pack_codes(found[0], code)
-        scales[some] = pack_rows(found[1])
-        if offsets is not None:
-            offsets[some] = pack_rows(found[2])
+        codes[some] = pack_codes(row_codes, code)
+        scales[some] = pack_rows(row_scales)
+        if offsets is not None and row_offsets is not None:
+            offsets[some] = pack_rows(row_offsets)
     packed = PackedWeight(code, n_out, n_in, group_size, codes, scales, offsets, dtype=weight.dtype)
     return nest(packed) if isinstance(format, NF4 | FP4) and format.double_quant else packed
 

@@ -145,7 +145,7 @@ def _weight(
         needed["nested_table"] = ((torch.float32,), (256,))
         needed["nested_absmax"] = ((torch.float32,), (-(-n_out * groups // block),))
     optional = ("offsets", "input_order")
-    found: dict[str, torch.Tensor | None] = {}
+    found: dict[str, torch.Tensor] = {}
     for part, (dtypes, shape) in needed.items():
         tensor = tensors.pop(f"{name}.{part}", None)
         if tensor is None and part in optional:

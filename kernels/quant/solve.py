@@ -150,7 +150,7 @@ def table_codes(scaled: torch.Tensor, format: str) -> torch.Tensor:
 
 def e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
     """Round to e2m1, ties to the even code, beyond 6 to 6; bit 3 is the sign."""
-    magnitudes = scaled.new_tensor(FORMATS["e2m1"].table[:8])
+    magnitudes = torch.tensor(FORMATS["e2m1"].table, device=scaled.device)[:8]
     middles = (magnitudes[:-1] + magnitudes[1:]) / 2
     # bucketize sends a tie down: past an odd code the boundary is a hair lower, so it goes up
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
