@@ -210,6 +210,7 @@ def test_mxfp4_scales_are_powers_of_two_and_ties_go_to_even():
 @pytest.mark.parametrize("draw", [weights, heavy_tailed])
 def test_hqq_finds_what_the_formula_finds(draw):
     groups = draw(40, 64)
+    groups[20:] *= 100  # errors so large that they are shrunk instead of dropped
     packed = tilewright.quantize_weight(groups, Int4(64, symmetric=False))
     scales, zeros = reference.hqq_zero_points(groups)
     found_scales, found_offsets = group_scales(packed)[:, 0], unpack_rows(packed.offsets, 40)[:, 0]
@@ -395,7 +396,9 @@ def test_a_row_does_not_depend_on_the_others(name, monkeypatch):
 
 @pytest.mark.parametrize("format", [Int4(), Int4(symmetric=False), NF4(), FP8("block"), MXFP4()],
                          ids=str)  # fmt: skip
-def test_quantizing_takes_little_memory(format):
+def test_quantizing_takes_little_memory(format, monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK", 1 << 14)
+
     class Largest(TorchDispatchMode):
         n_bytes = 0
 
@@ -408,10 +411,10 @@ def test_quantizing_takes_little_memory(format):
                     Largest.n_bytes = max(Largest.n_bytes, storage.nbytes())
             return out
 
-    weight = torch.randn(2048, 4096).to(torch.bfloat16)
+    weight = torch.randn(256, 1024).to(torch.bfloat16)
     with Largest():
         packed = tilewright.quantize_weight(weight, format)
-    # of a weight of 8 Mi: the codes, or a float64 or index of a chunk
+    # of a weight of 256 Ki: the codes, or a float64 or index of a chunk
     assert Largest.n_bytes <= max(packed.codes.nbytes, 8 * packing.CHUNK)
 
 

@@ -124,9 +124,13 @@ def hqq_offsets(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not going.any():
             break
         least, best = torch.where(going, mean, least), torch.where(going, zero, best)
-        kept = (size - size.pow(HQQ_P - 1) / beta).relu_().copysign_(error)
-        kept = torch.where(size == 0, 0.0, kept)
-        zero = (codes - (groups - kept) * inverse).mean(-1, keepdim=True)
+        # the shrunk error |d| - |d|**(p - 1) / beta is positive only beyond beta**(-1 / (2 - p)),
+        # which most weights never reach: then no powers are needed
+        target = groups
+        if bool((size > 0.99 * beta ** (-1 / (2 - HQQ_P))).any()):
+            kept = (size - size.pow(HQQ_P - 1) / beta).relu_().copysign_(error)
+            target = groups - torch.where(size == 0, 0.0, kept)
+        zero = (codes - target * inverse).mean(-1, keepdim=True)
         beta *= HQQ_GROWTH
     scale = torch.where(constant, 0.0, step)
     offset = torch.where(constant, low, -best * step)
