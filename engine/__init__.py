@@ -12,6 +12,7 @@ import torch  # noqa: F401
 from tilewright.adapt import accelerate, restore
 from tilewright.choose import explain
 from tilewright.generate import generate
+from tilewright.merge import merge
 from tilewright.ops import (
     FP4,
     FP8,
@@ -44,6 +45,8 @@ from tilewright.ops import (
     save_packed,
     to_bitsandbytes,
 )
+from tilewright.plug_in import register_when_imported
+from tilewright.quantized import QuantizedLinear, dequantize, quantize
 from tilewright.train import finetune
 
 __version__ = "0.1.0"
@@ -57,10 +60,13 @@ __all__ = [
     "Int4",
     "Int8",
     "PackedWeight",
+    "QuantConfig",
+    "QuantizedLinear",
     "SavedWeights",
     "ShiftedSegments",
     "__version__",
     "accelerate",
+    "dequantize",
     "dequantize_blockwise",
     "dequantize_weight",
     "error_statistics",
@@ -68,8 +74,13 @@ __all__ = [
     "finetune",
     "flash_attention",
     "flash_decode",
+    "fused_linear",
     "generate",
     "load_packed",
+    "lora_linear",
+    "merge",
+    "multi_lora_linear",
+    "quantize",
     "quantize_activations",
     "quantize_blockwise",
     "quantize_weight",
@@ -83,3 +94,13 @@ __all__ = [
     "save_packed",
     "to_bitsandbytes",
 ]
+
+register_when_imported()
+
+
+def __getattr__(name: str):
+    if name == "QuantConfig":  # derived from a class of transformers, which is slow to import
+        from tilewright.quantizer import QuantConfig
+
+        return QuantConfig
+    raise AttributeError(f"module 'tilewright' has no attribute {name!r}")

@@ -84,6 +84,7 @@ def _parser() -> _Parser:
         ("demo", "train, extend and generate, side by side with stock", _add_demo),
         ("finetune", "train a model on text, all of it or LoRA", _add_finetune),
         ("generate", "continue prompts", _add_generate),
+        ("quantize", "pack a model's weights, and measure what that costs", _add_quantize),
         ("bench", "time operators, or a model, against stock", None),
         ("doctor", "what this machine has, and which implementation runs", None),
     ):
@@ -272,6 +273,71 @@ def _print_pieces(pieces, prompts: list[str], as_json: bool) -> int:
     elif len(prompts) == 1:
         print()
     return sum(n_tokens)
+
+
+def _add_quantize(command: argparse.ArgumentParser) -> None:
+    from tilewright.quantized import FORMATS
+
+    command.add_argument("--model", required=True, help="a model folder")
+    command.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
+    command.add_argument("--out", required=True, help="folder for the quantized model")
+    command.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+    command.add_argument("--json", metavar="FILE", help="write the report there as well")
+    of_format = command.add_argument_group("options of the format")
+    for flag, help_ in (
+        ("--group-size", "inputs that share a scale, or row for one scale a row (int4, nf4, int8)"),
+        ("--solver", "hqq or minmax (int4)"),
+        ("--scaling", "what shares a scale: tensor, row or block (fp8)"),
+    ):
+        of_format.add_argument(flag, default=argparse.SUPPRESS, help=help_)
+    of_format.add_argument(
+        "--double-quant", action="store_true", default=argparse.SUPPRESS,
+        help="scales in 8 bits as well (nf4, fp4)",
+    )  # fmt: skip
+    of_format.add_argument(
+        "--asymmetric", dest="symmetric", action="store_false", default=argparse.SUPPRESS,
+        help="an offset for each group (int4)",
+    )  # fmt: skip
+    command.add_argument("--skip", action="append", default=[], help="a layer to leave dense")
+    command.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    command.add_argument("--device", default="auto", help="where to compare: auto, cpu, cuda:N")
+    measured = command.add_argument_group("text that both models are compared on")
+    measured.add_argument("--text", help="a file or folder (default Python's standard library)")
+    measured.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a row")
+    measured.add_argument("--tokens", type=int, default=16384, metavar="N", help="at most")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code from the model folder"
+    )
+    command.set_defaults(run=_quantize)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from tilewright.files import write_json
+    from tilewright.quantize_folder import quantize_folder
+
+    names = ("group_size", "solver", "scaling", "double_quant", "symmetric")
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if "group_size" in options:
+        options["group_size"] = _group_size(options["group_size"])
+    done = quantize_folder(
+        args.model, args.format, args.out, text=args.text, skip=args.skip, dtype=args.dtype,
+        device=args.device, context=args.context, tokens=args.tokens, overwrite=args.overwrite,
+        trust_remote_code=args.trust_remote_code, progress=True, **options,
+    )  # fmt: skip
+    print(done)
+    print(f"{'model':<14}  {args.out}")
+    if args.json:
+        write_json(args.json, done.as_dict())
+    return DONE
+
+
+def _group_size(text: str) -> int | None:
+    if text == "row":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"group-size is {text!r}, need a whole number or row") from None
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:

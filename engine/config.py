@@ -11,6 +11,8 @@ from tilewright.files import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTION = ("dense", "shifted")
+ADAPTERS = ("none", "lora")
+USUAL_RANK = 16
 # these say where and how often, not what is computed: a resumed run may change them
 FREE_ON_RESUME = ("save_every", "device")
 
@@ -41,6 +43,8 @@ class TrainOptions:
     rope_target_length  context that RoPE is stretched to by linear interpolation
     train               parts of parameter names to train besides LoRA, such as ("embed", "norm");
                         without LoRA only these are trained; empty: everything
+    base                pack the frozen weights to this format, such as "nf4"; "": as they are
+    adapter             "none", or "lora", which is lora_rank 16 if that is not given
     lora_rank           0: no LoRA
     lora_alpha          None: twice the rank
     lora_targets        module names, or ("all-linear",)
@@ -69,6 +73,8 @@ class TrainOptions:
     group_size: int | None = None
     rope_target_length: int | None = None
     train: tuple[str, ...] = ()
+    base: str = ""
+    adapter: str = "none"
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ("all-linear",)
@@ -89,6 +95,16 @@ class TrainOptions:
             raise InputError("attention 'shifted' needs tilewright's operators: leave out stock")
         if self.group_size is not None and self.attention != "shifted":
             raise InputError("group_size belongs to attention 'shifted', which was not asked for")
+        if self.adapter not in ADAPTERS:
+            raise InputError(f"adapter is {self.adapter!r}, need {' or '.join(ADAPTERS)}")
+        if self.adapter == "lora" and not self.lora_rank:
+            object.__setattr__(self, "lora_rank", USUAL_RANK)
+        if self.base:
+            quant_config(self.base)
+            if not self.lora_rank:
+                raise InputError(
+                    f"base {self.base!r} is packed and cannot train by itself: pass adapter 'lora'"
+                )
         if self.lora_rank and not self.lora_targets:
             raise InputError("lora_targets is empty, need module names or all-linear")
 
@@ -126,6 +142,16 @@ class TrainOptions:
         """What must not change between a run and its resumption, as plain JSON values."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {k: v for k, v in values.items() if k not in FREE_ON_RESUME}
+
+
+def quant_config(format: str, **options):
+    """tilewright.QuantConfig, whose refusals are an InputError here."""
+    from tilewright.quantizer import QuantConfig
+
+    try:
+        return QuantConfig(format, **options)
+    except ValueError as error:
+        raise InputError(str(error).removeprefix("QuantConfig: ")) from error
 
 
 OPTION_NAMES = tuple(f.name for f in fields(TrainOptions))

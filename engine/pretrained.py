@@ -98,6 +98,7 @@ def load(
     needs_weights: bool = False,
     rope_target_length: int | None = None,
     trust_remote_code: bool = False,
+    quantization=None,
 ) -> Loaded:
     """Build the model that `source` names, with its tokenizer.
 
@@ -106,6 +107,7 @@ def load(
     needs_weights       refuse random weights
     rope_target_length  stretch RoPE to this context
     trust_remote_code   transformers' own switch: run Python code from the model folder
+    quantization        a QuantConfig: pack the linear layers, one by one as they are read
 
     A folder without a tokenizer gets the byte tokenizer. Weights are read as safetensors only.
     InputError: what is missing, damaged or refused, and what to do about it.
@@ -115,12 +117,15 @@ def load(
     if not path.exists():
         if source in PRESETS:
             config = _config(source, PRESETS[source])
-            return _new(config, None, source, dtype, seed, rope_target_length)
+            loaded = _new(config, None, source, dtype, seed, rope_target_length)
+            return _packed(loaded, quantization)
         raise InputError(
             f"model {source} does not exist, need a model folder, a config.json "
             f"or one of the presets: {', '.join(PRESETS)}"
         )
     if path.is_dir() and (path / "adapter_config.json").exists():
+        if quantization is not None:
+            raise InputError(f"model {path} is a PEFT adapter, need the model it belongs to")
         return _load_adapter(path, dtype, trust_remote_code)
     config_path = path / "config.json" if path.is_dir() else path
     if not config_path.exists():
@@ -134,12 +139,17 @@ def load(
                 f"model {source} has a config but no weights; train it first: "
                 f"tilewright finetune --model {source} --data ... --out ..."
             )
-        return _new(config, tokenizer, source, dtype, seed, rope_target_length)
+        loaded = _new(config, tokenizer, source, dtype, seed, rope_target_length)
+        return _packed(loaded, quantization)
+    present = getattr(config, "quantization_config", None)
+    if quantization is not None and present is not None:
+        method = present.get("format") or present.get("quant_method")
+        raise InputError(f"model {source} is quantized already ({method}), need a dense one")
     for shard in shards:
         check_safetensors(shard)
     if rope_target_length:
         stretch_rope(config, rope_target_length)
-    model = _from_weights(path, config, dtype, trust_remote_code)
+    model = _from_weights(path, config, dtype, trust_remote_code, quantization)
     return Loaded(model, tokenizer or byte_tokenizer(_context(config)), source, is_new=False)
 
 
@@ -161,6 +171,14 @@ def _config(name: str, values: dict, trust_remote_code: bool = False):
     except Exception as error:  # transformers raises whatever the field's own check raises
         first = str(error).strip().split("\n")[0]
         raise InputError(f"{name} is not a config that transformers accepts: {first}") from error
+
+
+def _packed(loaded: Loaded, quantization) -> Loaded:
+    if quantization is not None:
+        from tilewright.quantized import quantize
+
+        quantize(loaded.model, quantization.record)
+    return loaded
 
 
 def _context(config) -> int | None:
@@ -226,8 +244,10 @@ def _new(config, tokenizer, source, dtype, seed, rope_target_length) -> Loaded:
     return Loaded(model, tokenizer, source, is_new=True)
 
 
-def _from_weights(path: Path, config, dtype, trust_remote_code):
+def _from_weights(path: Path, config, dtype, trust_remote_code, quantization=None):
     from transformers import AutoModelForCausalLM
+
+    import tilewright.quantizer  # noqa: F401  for folders that it has written
 
     try:
         with quiet_transformers():
@@ -235,9 +255,10 @@ def _from_weights(path: Path, config, dtype, trust_remote_code):
             pair: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
                 output_loading_info=True, trust_remote_code=trust_remote_code,
+                quantization_config=quantization,
             )  # fmt: skip
             model, report = pair
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise InputError(f"model folder {path} cannot be loaded: {first}") from error
     missing = sorted(report["missing_keys"])
@@ -264,16 +285,35 @@ def _load_adapter(path: Path, dtype, trust_remote_code) -> Loaded:
             "it where you trust it, with PEFT's PeftModel.from_pretrained(...).save_pretrained(...)"
         )
     check_safetensors(path / "adapter_model.safetensors")
-    loaded = load(base, dtype=dtype, needs_weights=True, trust_remote_code=trust_remote_code)
+    kept = path / "config.json"  # of the base as it was trained: RoPE stretched, weights packed
+    values = read_json(kept) if kept.exists() else {}
+    loaded = load(
+        base, dtype=dtype, needs_weights=True, trust_remote_code=trust_remote_code,
+        quantization=_packed_by(values, Path(base)),
+    )  # fmt: skip
     model = loaded.model
-    if (path / "config.json").exists():  # the base with its RoPE stretched
-        config = _config(str(path / "config.json"), read_json(path / "config.json"))
+    if values:
+        config = _config(str(kept), values)
         rope = _rope(config)
         if rope is not None and rope != _rope(model.config):
             _set_rope(model, rope, config.max_position_embeddings)
     with quiet_transformers():
         model = peft.PeftModel.from_pretrained(model, path)
     return Loaded(model, _tokenizer(path, False) or loaded.tokenizer, str(path), is_new=False)
+
+
+def _packed_by(values: dict, base: Path):
+    """How finetune had packed a base that is dense on the disk, or None."""
+    described = values.get("quantization_config") or {}
+    if described.get("quant_method") != "tilewright":
+        return None
+    if "quantization_config" in read_json(base / "config.json"):
+        return None
+    from tilewright.quantizer import QuantConfig
+
+    config = QuantConfig.from_dict(described)
+    config.layouts = None  # of the tensors of a saved model
+    return config
 
 
 def import_peft():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tilewright import checkpoint, pretrained
-from tilewright.config import DTYPES, OPTION_NAMES, TrainOptions, pick_device
+from tilewright.config import DTYPES, OPTION_NAMES, TrainOptions, pick_device, quant_config
 from tilewright.data import (
     IGNORED,
     PackedRows,
@@ -30,6 +30,7 @@ from tilewright.data import (
 )
 from tilewright.files import InputError
 from tilewright.progress import Progress, Silent
+from tilewright.quantized import quantize, quantized_layers
 
 
 class TrainingError(RuntimeError):
@@ -322,6 +323,11 @@ def finetune(
         raise InputError("resume needs out, the folder of the run to continue")
     documents = read_documents(data) if isinstance(data, (str, os.PathLike)) else list(data)
     loaded = _loaded(model, tokenizer, chosen, trust_remote_code)
+    if not chosen.lora_rank and quantized_layers(loaded.model):
+        raise InputError(
+            f"model {loaded.source} is quantized, and packed weights do not train: "
+            "pass adapter 'lora'"
+        )
     rows = _rows(documents, loaded, chosen)
     order = RowOrder(len(rows), chosen.rows, chosen.accumulate, chosen.seed)
     n_steps = chosen.steps or order.steps_for(chosen.epochs)
@@ -371,12 +377,17 @@ def _loaded(model, tokenizer, chosen: TrainOptions, trust_remote_code: bool) -> 
         if chosen.rope_target_length:
             pretrained.stretch_rope(model, chosen.rope_target_length)
         kind = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters"
+        if chosen.base and quantized_layers(model):
+            raise InputError("base: the model is quantized already; leave it out")
+        if chosen.base:
+            quantize(model, quant_config(chosen.base).record)
         return pretrained.Loaded(model, tokenizer, kind, is_new=False)
     if (Path(model) / "adapter_config.json").exists():
         raise InputError(f"model {model} is a PEFT adapter, need the model that it belongs to")
     loaded = pretrained.load(
         model, seed=chosen.seed, rope_target_length=chosen.rope_target_length,
         trust_remote_code=trust_remote_code,
+        quantization=quant_config(chosen.base) if chosen.base else None,
     )  # fmt: skip
     if tokenizer is not None:
         loaded.tokenizer = tokenizer

@@ -470,7 +470,8 @@ def test_peft_before_and_after(first, tmp_path):
         model = lora(model)
     else:
         model = lora(model)
-        assert len(tw.accelerate(model).replaced) == 2
+        kinds = [r.kind for r in tw.accelerate(model).replaced]
+        assert kinds == ["attention"] * 2 + ["lora"] * 4
     assert train(model, tmp_path) == pytest.approx(want, abs=2e-4)
     model.save_pretrained(tmp_path / "adapter")
     assert "tilewright" not in (tmp_path / "adapter/adapter_config.json").read_text()

@@ -103,6 +103,36 @@ class PackedWeight:
     nested: NestedScales | None = None
     dtype: torch.dtype = torch.bfloat16
 
+    @classmethod
+    def empty(
+        cls, format: str, out_features: int, in_features: int, group_size: int,
+        scales: torch.dtype, *, offsets: torch.dtype | None = None, has_input_order: bool = False,
+        nested_block: int = 0, dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> PackedWeight:  # fmt: skip
+        """One whose tensors have yet to be filled, as by a reader.
+
+        scales         dtype of the scales; uint8 with nested_block
+        offsets        dtype of the offsets; None for no offsets
+        nested_block   scales that share an absmax; 0 for none
+        """
+
+        def new(*shape: int, dtype: torch.dtype = scales) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        blocks, lines = -(-out_features // ROWS), -(-in_features // inputs_of_a_line(format))
+        groups = -(-in_features // group_size)
+        nested = None
+        if nested_block:
+            absmax = new(-(-out_features * groups // nested_block), dtype=torch.float32)
+            nested = NestedScales(new(256, dtype=torch.float32), absmax, 0.0, nested_block)
+        return cls(
+            format, out_features, in_features, group_size,
+            new(blocks, lines, 64, dtype=torch.uint8), new(blocks, groups, ROWS),
+            None if offsets is None else new(blocks, groups, ROWS, dtype=offsets),
+            new(in_features, dtype=torch.int32) if has_input_order else None, nested, dtype,
+        )  # fmt: skip
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
