@@ -185,7 +185,7 @@ def bitsandbytes_nf4(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _onnx_session(n_out: int, n_in: int, threads: int):
-    """onnxruntime's MatMulNBits as a session of one node; accuracy level 4 is activations in 8 bits."""
+    """onnxruntime's MatMulNBits as a session of one node; level 4 rounds activations to 8 bits."""
     import onnx
     import onnxruntime
 

@@ -28,7 +28,7 @@ def why_not(p: Problem) -> str | None:
 
 
 def _in_rows(t: torch.Tensor) -> torch.Tensor:
-    """`t` (rows, columns) with neighbouring columns side by side; a copy only where they are not."""
+    """`t` (rows, columns) with neighbouring columns side by side; a copy where they are not."""
     if t.is_conj() or t.is_neg():
         raise ValueError("fused_linear: a conjugated or negated view; call .resolve_neg() first")
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
