@@ -81,7 +81,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=tilewright.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_, add in (
-        ("demo", "train, extend and generate, side by side with stock", _add_demo),
+        ("demo", "train, extend, generate and quantize, side by side with stock", _add_demo),
         ("finetune", "train a model on text, all of it or LoRA", _add_finetune),
         ("generate", "continue prompts", _add_generate),
         ("quantize", "pack a model's weights, and measure what that costs", _add_quantize),

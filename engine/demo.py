@@ -18,19 +18,20 @@ import tilewright
 from tilewright import demo_report, memory
 from tilewright.data import encode, train_tokenizer
 from tilewright.demo_clock import Clock
-from tilewright.demo_phases import EXTENDED, PHASES, PRETRAINED, QUICK, Demo, Sizes
+from tilewright.demo_phases import PHASES
+from tilewright.demo_shared import EXTENDED, PRETRAINED, QUICK, Demo, Sizes
 from tilewright.files import InputError, read_json, write_json
 from tilewright.train import Interrupted
 
 
 def run_demo(
-    out: str | Path, *, seconds: float = 180.0, steps: tuple[int, int] | None = None,
+    out: str | Path, *, seconds: float = 180.0, steps: tuple[int, int, int] | None = None,
     quick: bool = False, resume: bool = False, overwrite: bool = False, seed: int = 0,
 ) -> int:  # fmt: skip
     """Run the phases, print the table, write OUT/report.json and OUT/report.png; returns 0.
 
     seconds   what it may take: the numbers of steps follow from it and from the machine
-    steps     fixed numbers of steps of the two trainings, whatever they take
+    steps     fixed numbers of steps of the three trainings, whatever they take
 
     Interrupted (a KeyboardInterrupt): stopped by Ctrl-C; the message says how to go on.
     """
@@ -154,7 +155,7 @@ def collect_text(train_bytes: int, held_out_bytes: int) -> tuple[list[str], list
 
 
 def _prepare(
-    out: Path, sizes: Sizes, clock: Clock, steps: tuple[int, int] | None, seed: int
+    out: Path, sizes: Sizes, clock: Clock, steps: tuple[int, int, int] | None, seed: int
 ) -> tuple[Demo, dict]:
     train, held_out, folder = collect_text(sizes.text_bytes, sizes.held_out_bytes)
     tokenizer = train_tokenizer(train, sizes.vocab_size, sizes.context)

@@ -17,6 +17,8 @@ def as_text(report: dict) -> str:
     """The table of speed, memory and agreement, and what it was measured with."""
     phases = report["phases"]
     train, extend, made = phases["train"], phases["extend"], phases["generate"]
+    packed = phases["quantize"]
+    qlora = packed["qlora"]
     steps, long_steps = train["step_ms"], extend["step_ms"]
     probe_ms, full_peak = extend["probe_step_ms"], extend["peak_bytes"]["tilewright_full"]
     peaks, long_peaks = phases["measure"]["peak_bytes"], extend["peak_bytes"]
@@ -35,13 +37,13 @@ def as_text(report: dict) -> str:
         _memory("peak memory, full vs shifted, MiB", long_peaks["stock"], long_peaks["tilewright"]),
         _memory("  the same, full vs full, MiB", long_peaks["stock"], full_peak),
         _speed("generation, tokens/s", made["tokens_per_s"]),
-        ("", "", "", ""),
-        (
-            f"last loss after {train['steps']} steps", f"{train['losses']['stock'][-1]:.4f}",
-            f"{train['losses']['tilewright'][-1]:.4f}",
-            f"gaps: median {train['median_loss_gap']:.2g}, "
-            f"largest {train['largest_loss_gap']:.2g}",
+        _speed(f"training of LoRA over {qlora['base']}, tokens/s", qlora["tokens_per_s"]),
+        _memory(
+            "peak memory of a step of it, MiB", qlora["peak_bytes"]["stock"],
+            qlora["peak_bytes"]["tilewright"],
         ),
+        ("", "", "", ""),
+        _losses(f"last loss after {train['steps']} steps", train),
         (
             "held-out loss", f"{train['held_out_loss']['stock']:.4f}",
             f"{train['held_out_loss']['tilewright']:.4f}",
@@ -53,6 +55,12 @@ def as_text(report: dict) -> str:
         ),
         _error("gradient of the first batch, error", phases["measure"]["gradient_error"]),
         ("greedy tokens that agree", "", "", f"{made['equal_tokens']} of {made['tokens']}"),
+        _losses(f"last loss after {qlora['steps']} steps over {qlora['base']}", qlora),
+        (
+            "held-out loss after them",
+            *(f"{qlora['held_out_loss'][side]:.4f}" for side in ("stock", "tilewright")),
+            f"{qlora['base']} before: {qlora['held_out_loss_of_base']:.4f}",
+        ),
         ("", "", "", ""),
         *_perplexities(extend),
     ]  # fmt: skip
@@ -62,11 +70,11 @@ def as_text(report: dict) -> str:
         f"{machine['torch_threads']} threads\n"
         f"{train['parameters'] / 1e6:.1f} M parameters, {train['dtype']} training, "
         f"{made['dtype']} generation; memory: above the level before the step\n"
-        f"steps: medians of {train['steps']} and {extend['steps']} run in turn, "
+        f"steps: medians of {train['steps']}, {extend['steps']} and {qlora['steps']} run in turn, "
         "full vs full of a few\n"
     )
     sample = f"\n\na sample at temperature 0.8:\n{made['sample']}"
-    return "\n" + head + "\n" + _aligned(rows) + sample
+    return f"\n{head}\n{_aligned(rows)}\n\n{_formats(packed)}{sample}"
 
 
 TUNED = {  # of demo_phases._extend: how the model came about
@@ -88,6 +96,39 @@ def _perplexities(extend: dict) -> list[tuple[str, ...]]:
         note = "read with dense attention" if key == "shifted" else ""
         rows.append((f"  {name}", *(f"{value:.2f}" for value in values), note))
     return rows
+
+
+def _formats(packed: dict) -> str:
+    """A line for each format of the same model: size, what was lost, speed."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "weights of the tuned model", "bits", "MiB", "perplexity", "KL, nats",
+            "same top token", "tokens/s",
+        )
+    ]  # fmt: skip
+    for name, found in packed["formats"].items():
+        lost = (f"{found['kl']:.2e}", f"{found['same_top']:.2%}") if "kl" in found else ("", "")
+        rows.append(
+            (
+                f"  {name}", f"{found['bits_per_weight']:.2f}", f"{found['bytes'] / MIB:.2f}",
+                f"{found['perplexity']:.3f}", *lost, f"{found['tokens_per_s']:.1f}",
+            )
+        )  # fmt: skip
+    share = packed["packed_weights"] / packed["parameters"]
+    note = (
+        f"  packed: {share:.0%} of the parameters, the embedding stays dense; compared on "
+        f"{packed['compared_tokens']} held-out tokens, {packed['context']} at a time, "
+        f"in {packed['dtype']};\n  all with tilewright's attention; a model this small is not "
+        "bound by reading its weights"
+    )
+    return f"{_aligned(rows)}\n{note}"
+
+
+def _losses(name: str, run: dict) -> tuple[str, ...]:
+    """The last losses of both sides of a training, and how far apart the sides were."""
+    stock, ours = (f"{run['losses'][side][-1]:.4f}" for side in ("stock", "tilewright"))
+    gaps = f"gaps: median {run['median_loss_gap']:.2g}, largest {run['largest_loss_gap']:.2g}"
+    return name, stock, ours, gaps
 
 
 def _timing(name: str, stock_ms: list[float], ours_ms: list[float]) -> tuple[str, ...]:
@@ -120,9 +161,17 @@ def _ratio(gain: float, better: str, worse: str) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    """The first column flush left, the last as it is, those between flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows
+        "  ".join(
+            (
+                f"{row[0]:<{widths[0]}}",
+                *(f"{cell:>{n}}" for cell, n in zip(row[1:-1], widths[1:-1], strict=True)),
+                row[-1],
+            )
+        ).rstrip()
+        for row in rows
     )
 
 
@@ -143,6 +192,7 @@ def write_png(path: Path, report: dict) -> bool:
 
     phases = report["phases"]
     train, extend, made = phases["train"], phases["extend"], phases["generate"]
+    qlora = phases["quantize"]["qlora"]
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
     curves, timed, long_timed, bars, quality, places = axes.flat
     colours = {"stock": "tab:gray", "tilewright": "tab:red"}
@@ -171,6 +221,7 @@ def write_png(path: Path, report: dict) -> bool:
         "long step\nfull/shifted": _median_gain(extend["step_ms"]),
         "long step\nfull/full": extend["probe_step_ms"]["stock"]
         / extend["probe_step_ms"]["tilewright_full"],
+        f"LoRA step\nover {qlora['base']}": _median_gain(qlora["step_ms"]),
         "generation": made["tokens_per_s"]["tilewright"] / made["tokens_per_s"]["stock"],
     }
     drawn = bars.bar(list(gains), list(gains.values()), color="tab:red")

@@ -8,7 +8,9 @@ import pytest
 import transformers as hf
 
 from tilewright import cli, demo, demo_phases, demo_report, memory
-from tilewright.demo_phases import PHASES, QUICK
+from tilewright.demo_phases import PHASES
+from tilewright.demo_quantize import PACKED
+from tilewright.demo_shared import QUICK
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,42 @@ def test_both_sides_saw_the_same_and_agree(report):
     assert made["equal_tokens"] == made["tokens"]
 
 
+def test_fewer_bits_are_fewer_bytes_and_closer_with_more(report):
+    found = report["phases"]["quantize"]["formats"]
+    assert list(found) == ["dense", *PACKED]
+    assert found["dense"]["bits_per_weight"] == 32
+    for name in PACKED:
+        assert found[name]["bytes"] < found["dense"]["bytes"]
+        assert 0 < found[name]["kl"] <= found[name]["kl_largest"]
+        assert 0 < found[name]["same_top"] < 1 or found[name]["kl"] < 1e-4
+    for name in ("nf4", "int4"):
+        assert (
+            4.25 <= found[name]["bits_per_weight"] < 5
+        )  # float16 or float32 scales for 64, filling
+        assert found["int8"]["kl"] < found[name]["kl"] / 5
+    assert 8 < found["int8"]["bits_per_weight"] < 8.6
+    phase = report["phases"]["quantize"]
+    dense_bytes = 4 * phase["parameters"]
+    assert dense_bytes <= found["dense"]["bytes"] < 1.01 * dense_bytes + 4096
+    saved = phase["packed_weights"] * (32 - found["nf4"]["bits_per_weight"]) / 8
+    assert found["dense"]["bytes"] - found["nf4"]["bytes"] == pytest.approx(saved, rel=0.02)
+
+
+def test_both_sides_train_the_same_adapter_over_the_same_codes(report):
+    qlora = report["phases"]["quantize"]["qlora"]
+    stock, ours = qlora["losses"]["stock"], qlora["losses"]["tilewright"]
+    assert len(stock) == len(ours) == qlora["steps"] >= QUICK.least_qlora_steps
+    gaps = [abs(a - b) for a, b in zip(stock, ours, strict=True)]
+    assert (qlora["first_loss_gap"], qlora["largest_loss_gap"]) == (gaps[0], max(gaps))
+    assert max(gaps) < (1e-4 if qlora["dtype"] == "float32" else 2e-2)
+    after = qlora["held_out_loss"]
+    assert abs(after["stock"] - after["tilewright"]) < 2e-2
+    assert after["tilewright"] != qlora["held_out_loss_of_base"]
+    for side, rate in qlora["tokens_per_s"].items():
+        seconds = statistics.median(qlora["step_ms"][side]) / 1e3
+        assert rate == pytest.approx(QUICK.rows * QUICK.context / seconds)
+
+
 def test_table_is_the_reports_numbers(report):
     text = demo_report.as_text(report)
     phases = report["phases"]
@@ -81,6 +119,22 @@ def test_table_is_the_reports_numbers(report):
     for readings in phases["extend"]["quality"].values():
         for reading in readings.values():
             assert f"{reading['perplexity']:.2f}" in text
+    for name, found in phases["quantize"]["formats"].items():
+        (line,) = [ln for ln in text.splitlines() if ln.startswith(f"  {name} ")]
+        cells = line.split()
+        assert cells[1:4] == [
+            f"{found['bits_per_weight']:.2f}", f"{found['bytes'] / 2**20:.2f}",
+            f"{found['perplexity']:.3f}",
+        ]  # fmt: skip
+        assert cells[-1] == f"{found['tokens_per_s']:.1f}"
+        if name != "dense":
+            assert cells[4:6] == [f"{found['kl']:.2e}", f"{found['same_top']:.2%}"]
+    qlora = phases["quantize"]["qlora"]
+    for side in ("stock", "tilewright"):
+        assert f"{qlora['tokens_per_s'][side]:.1f}" in text
+        assert f"{qlora['losses'][side][-1]:.4f}" in text
+        assert f"{qlora['held_out_loss'][side]:.4f}" in text
+    assert f"{qlora['held_out_loss_of_base']:.4f}" in text
     assert report["revision"] in text
 
 
