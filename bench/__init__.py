@@ -14,6 +14,7 @@ A bench_<name>.py is data and functions; the runner owns check, time and table:
 and, where there is something to say:
 
     why_not()                          -> what is missing here and how to get it, or None
+    quick(case)                        -> the case in the shape that --quick times
     counts(case)                       -> what one call gets through, by unit, the same units in all
                                           cases: shown for a second
 

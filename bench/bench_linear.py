@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import tilewright
+from tilewright.bench import peers_ggml
 from tilewright.bench.variant import Variant
 from tilewright.ops.common.packed import unpack_codes, unpack_rows
 
@@ -218,6 +219,25 @@ def onnx_int4(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
+def ggml_product(case: dict, inputs: dict) -> dict:
+    """The case's own codes in ggml's blocks, and x in float32."""
+    kind, blocks = _ggml_blocks(case["format"], case["O"], case["I"])
+    product = peers_ggml.Product(kind, blocks, inputs["x"], torch.get_num_threads())
+    return dict(x=inputs["x"], product=product)
+
+
+@functools.lru_cache(maxsize=2)
+def _ggml_blocks(format: str, n_out: int, n_in: int) -> tuple[str, torch.Tensor]:
+    return peers_ggml.blocks_of(_packed(format, n_out, n_in)[0])
+
+
+def ggml(case: dict, x, product: peers_ggml.Product) -> torch.Tensor:
+    """Activations in 8 bits; float32 in and out."""
+    if x.requires_grad:
+        raise NotImplementedError("ggml's CPU products have no gradient for a packed weight")
+    return product()
+
+
 def as_float(case: dict, inputs: dict) -> dict:
     return {**inputs, "x": inputs["x"].float()}
 
@@ -249,4 +269,10 @@ VARIANTS = {
     "torch int_mm": Variant(torch_int_mm, applies=_is("int8", "int4", a8=True)),
     "bitsandbytes nf4": Variant(bitsandbytes_nf4, applies=_bitsandbytes_applies),
     "onnxruntime int4": Variant(onnx_int4, prepare=as_float, applies=_onnx_applies),
+    "llama.cpp Q4_0": Variant(
+        ggml, prepare=ggml_product, applies=_is("int4"), why_not=peers_ggml.why_not
+    ),
+    "llama.cpp Q8_0": Variant(
+        ggml, prepare=ggml_product, applies=_is("int8"), why_not=peers_ggml.why_not
+    ),
 }

@@ -48,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path:
             Path(path).open("a").close()  # known before minutes are spent
     cases = _chosen("--case", args.case, room.CASES)
+    is_smaller = args.quick and hasattr(room, "quick")
+    if is_smaller:
+        cases = {name: room.quick(case) for name, case in cases.items()}
     variants = _chosen("--providers", args.providers, room.VARIANTS)
     left_out = [name for name, v in variants.items() if v.compiles and args.quick]
-    variants = {name: v for name, v in variants.items() if name not in left_out}
+    missing = {name: v.why_not() for name, v in variants.items() if name not in left_out}
+    variants = {name: variants[name] for name, reason in missing.items() if reason is None}
     runs = [
         (name, case, dtype, mode)
         for name, case in cases.items()
@@ -72,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.header(args.op, where, ceilings))
     if left_out:
         print(f"Left out by --quick: {', '.join(left_out)}\n")
+    for name, reason in missing.items():
+        if reason is not None:
+            print(f"Left out, {name}: {reason}\n")
+    if is_smaller:
+        print("By --quick in smaller shapes than those that the names stand for.\n")
     counted = {name: room.counts(c) if hasattr(room, "counts") else {} for name, c in cases.items()}
     units = dict.fromkeys(unit for counts in counted.values() for unit in counts)
     print(report.table_head(units), flush=True)
@@ -83,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = {} if args.no_check else check(room, case, dtype, mode, args.device, taking_part)
         if errors.get(OURS, (0.0, ""))[1]:
             wrong.append(f"{name} {dtype} {mode}: {errors[OURS][1]}")
-        new = measure(room, name, dtype, mode, args, taking_part, errors, ceilings, counted[name])
+        new = measure(
+            room, name, case, dtype, mode, args, taking_part, errors, ceilings, counted[name]
+        )
         for row in new:
             print(report.table_line(row), flush=True)
         rows += new
@@ -110,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S",
                         help="time spent on each variant of each case (default 2)")  # fmt: skip
     parser.add_argument("--quick", action="store_true",
-                        help="a tenth of the time, and no variant that compiles")  # fmt: skip
+                        help="a tenth of the time, small models, nothing compiled")  # fmt: skip
     parser.add_argument("--flush-cache", action="store_true",
                         help="displace the caches before every sample")  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="do not compare with the reference")
@@ -181,9 +192,10 @@ def check(
     return results
 
 
-def measure(room, case_name, dtype, mode, args, variants, errors, ceilings, counts) -> list[Row]:
+def measure(
+    room, case_name, case, dtype, mode, args, variants, errors, ceilings, counts
+) -> list[Row]:
     """Time the variants of one case; ours is not timed if it was found wrong."""
-    case = room.CASES[case_name]
     gradients = gradients_of(room, case, mode)
     inputs = room.make_inputs(case, DTYPES[dtype], args.device)
     functions: dict = {}

@@ -16,6 +16,10 @@ def _everywhere(case: dict) -> bool:
     return True
 
 
+def _nothing_missing() -> None:
+    return None
+
+
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
@@ -28,6 +32,7 @@ class Variant:
     prepare   (case, inputs) -> the inputs in this variant's own best layout, by the same names
     restore   brings the output, or the gradient of a prepared input, back to the common layout
     applies   whether the case is one for this variant at all
+    why_not   () -> what is missing here for it to run and how to get it, or None
     computes  options of the case that this variant computes differently, such as another mask; it
               is judged by its own meaning
     compiles  whether the first call compiles for many seconds: left out by --quick, and not
@@ -38,6 +43,7 @@ class Variant:
     prepare: Callable[[dict, dict], dict] = _as_they_are
     restore: Callable[[torch.Tensor], torch.Tensor] = _same
     applies: Callable[[dict], bool] = _everywhere
+    why_not: Callable[[], str | None] = _nothing_missing
     computes: dict = field(default_factory=dict)
     compiles: bool = False
 
