@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +178,7 @@ class Product:
         self.threads, self.shape = threads, (n_tokens, n_out)
         self._contexts: list[int] = []
         self._buffers: list[int] = []
+        weakref.finalize(self, _free, lib, self._buffers, self._contexts)
         for layout in layouts:
             weights, tensors = self._context(), self._context()
             weight = lib.ggml_new_tensor_2d(weights, TYPES[kind], n_in, n_out)
@@ -186,7 +188,7 @@ class Product:
             self._allocate(tensors, layouts[-1])
             if lib.ggml_backend_dev_supports_op(device, self._y):
                 break
-            self._free()
+            _free(lib, self._buffers, self._contexts)
         else:
             raise NotImplementedError(f"ggml has no product of {kind} on this processor")
         self.layout = lib.ggml_backend_buft_name(layout).decode()
@@ -229,16 +231,14 @@ class Product:
             raise MemoryError("ggml could not allocate its tensors")
         self._buffers.append(buffer)
 
-    def _free(self) -> None:
-        for buffer in self._buffers:
-            self._lib.ggml_backend_buffer_free(buffer)
-        for context in self._contexts:
-            self._lib.ggml_free(context)
-        self._buffers, self._contexts = [], []
 
-    def __del__(self) -> None:
-        if hasattr(self, "_buffers"):
-            self._free()
+def _free(lib: ctypes.CDLL, buffers: list[int], contexts: list[int]) -> None:
+    for buffer in buffers:
+        lib.ggml_backend_buffer_free(buffer)
+    for context in contexts:
+        lib.ggml_free(context)
+    buffers.clear()
+    contexts.clear()
 
 
 def _try() -> None:

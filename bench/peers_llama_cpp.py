@@ -8,8 +8,10 @@ float16 in the file.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,30 @@ def write_gguf(path: Path, shape: Shape, format: str) -> None:
     writer.close()
 
 
+class Model:
+    """A model that llama.cpp has loaded; freed with the object."""
+
+    def __init__(self, shape: Shape, format: str):
+        from llama_cpp import llama_cpp as api
+
+        api.llama_log_set(peers_ggml.silent, None)
+        api.llama_backend_init()
+        options = api.llama_model_default_params()
+        options.load_mode = READ
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(path, shape, format)
+            self.handle = api.llama_model_load_from_file(str(path).encode(), options)
+        if self.handle is None:
+            raise RuntimeError("llama.cpp could not load the model")
+        weakref.finalize(self, api.llama_model_free, self.handle)
+
+
+@functools.lru_cache(maxsize=2)
+def loaded(shape: Shape, format: str) -> Model:
+    return Model(shape, format)
+
+
 class Session:
     """Prefill or decode by llama.cpp; a call can be repeated.
 
@@ -105,26 +131,17 @@ class Session:
         from llama_cpp import llama_cpp as api
 
         self._api: Any = api
-        self._context = self._model = None
+        self._model = loaded(shape, format)
         self.vocab, self.before, self.n = shape.vocab, before, len(tokens)
         self._tokens = (api.llama_token * self.n)(*tokens.tolist())
-        api.llama_log_set(peers_ggml.silent, None)
-        api.llama_backend_init()
-        options = api.llama_model_default_params()
-        options.load_mode = READ
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
-            write_gguf(path, shape, format)
-            self._model = api.llama_model_load_from_file(str(path).encode(), options)
-        if self._model is None:
-            raise RuntimeError("llama.cpp could not load the model")
         settings = api.llama_context_default_params()
         settings.n_ctx = MAX_TOKENS
         settings.n_batch = settings.n_ubatch = MAX_TOKENS
         settings.n_threads = settings.n_threads_batch = threads
-        self._context = api.llama_init_from_model(self._model, settings)
+        self._context = api.llama_init_from_model(self._model.handle, settings)
         if self._context is None:
             raise RuntimeError("llama.cpp could not make a context")
+        weakref.finalize(self, api.llama_free, self._context)
         self._memory = api.llama_get_memory(self._context)
         if before:
             peers_ggml.apart(lambda: self._read(0, before))
@@ -152,9 +169,3 @@ class Session:
         if not self._api.llama_memory_seq_rm(self._memory, 0, self.before, -1):
             raise RuntimeError("llama.cpp could not take tokens out of its cache")
         return torch.stack(rows)
-
-    def __del__(self) -> None:
-        if self._context is not None:
-            self._api.llama_free(self._context)
-        if self._model is not None:
-            self._api.llama_model_free(self._model)
