@@ -229,6 +229,7 @@ def write_png(path: Path, report: dict) -> bool:
     bars.axhline(1.0, color="tab:gray", linewidth=2)
     bars.set(title="speed, stock = 1", ylabel="times as fast as stock")
     bars.margins(y=0.12)
+    bars.tick_params(axis="x", labelsize=8)
 
     shades = {
         "trained": "tab:olive", "stretched": "tab:orange", "full": "tab:gray",
