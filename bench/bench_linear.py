@@ -60,6 +60,11 @@ def _packed(format: str, n_out: int, n_in: int):
     return packed, tilewright.dequantize_weight(packed, torch.float32)
 
 
+@functools.lru_cache(maxsize=2)
+def _packed_on(format: str, n_out: int, n_in: int, device: str):
+    return _packed(format, n_out, n_in)[0].to(device)
+
+
 def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     """x (T, I), weight (O, I) as it decodes, and with an update down (R, I) and up (O, R)."""
     generator = torch.Generator(device).manual_seed(0)
@@ -96,7 +101,7 @@ def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
 def _weight(case: dict, weight):
     if case["format"] == "dense":
         return weight
-    return _packed(case["format"], case["O"], case["I"])[0].to(weight.device)
+    return _packed_on(case["format"], case["O"], case["I"], str(weight.device))
 
 
 def ours(case: dict, x, weight, down=None, up=None, impl: str = "auto") -> torch.Tensor:

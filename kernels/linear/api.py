@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from tilewright import choose, settings
-from tilewright.ops.common.packed import FORMATS, PackedWeight
+from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
 from tilewright.ops.linear import op
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
@@ -74,13 +73,13 @@ def fused_linear(
     wants_out_scale = out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled()
     if wants_out_scale:  # its gradient needs the base product by itself
         base = op.call_fused_linear(
-            x2, replace(o, out_scale=None, down=None, up=None, dropout_seed=None),
-            replace(p, rank=0, dropout_p=0.0, activation="none"), impl,
+            x2, o._replace(out_scale=None, down=None, up=None, dropout_seed=None),
+            p._replace(rank=0, dropout_p=0.0, activation="none"), impl,
         )  # fmt: skip
         y = base * out_scale.to(base.dtype)
         if o.down is not None:
             zero = torch.zeros_like(out_scale)
-            y = y + op.call_fused_linear(x2, replace(o, bias=None, out_scale=zero), p, impl)
+            y = y + op.call_fused_linear(x2, o._replace(bias=None, out_scale=zero), p, impl)
     else:
         y = op.call_fused_linear(x2, o, p, impl)
     return y.view(*x.shape[:-1], p.out_features)
@@ -196,7 +195,7 @@ def _describe(
     if dense is not None:
         expect_dtype(name, DTYPES, x=x, weight=dense)
     for argument, t in (("bias", bias), ("out_scale", out_scale), ("down", down), ("up", up)):
-        if t is not None:
+        if t is not None and t.dtype not in DTYPES:
             expect_dtype(name, DTYPES, **{argument: t})
     codes = None if packed is None else packed.codes
     expect_device(
@@ -210,7 +209,10 @@ def _describe(
         raise ValueError(
             f"{name}: x has shape {tuple(x.shape)}, need a last axis of I = {n_in} as in weight"
         )
-    x2 = x.reshape(-1, n_in) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), n_in)
+    if x.dim() == 2:
+        x2 = x
+    else:  # -1 means nothing where a tensor is empty
+        x2 = x.reshape(math.prod(x.shape[:-1]), n_in)
     for argument, t in (("bias", bias), ("out_scale", out_scale)):
         if t is not None and t.shape != (n_out,):
             raise ValueError(
@@ -243,7 +245,7 @@ def _describe(
         dropout_seed=dropout_seed if dropout_p else None,
     )
     if packed is not None:
-        operands = _with_packed(operands, packed)
+        operands = _with_packed(name, operands, packed)
     nested = None if packed is None else packed.nested
     problem = Problem(
         device=device, dtype=x.dtype, tokens=x2.shape[0], in_features=n_in, out_features=n_out,
@@ -286,13 +288,26 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
     return rank
 
 
-def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
+def _with_packed(name: str, operands: Operands, packed: PackedWeight) -> Operands:
+    """The operands with a packed weight's tensors, once their shapes fit together."""
     if packed.format not in FORMATS:
         known = ", ".join(FORMATS)
-        raise ValueError(f"fused_linear: no format {packed.format!r}. Known: {known}")
+        raise ValueError(f"{name}: no format {packed.format!r}. Known: {known}")
+    width = inputs_of_a_line(packed.format)
+    blocks, groups = -(-packed.out_features // ROWS), packed.groups
+    for part, t, shape in (
+        ("codes", packed.codes, (blocks, -(-packed.in_features // width), 64)),
+        ("scales", packed.scales, (blocks, groups, ROWS)),
+        ("offsets", packed.offsets, (blocks, groups, ROWS)),
+        ("input_order", packed.input_order, (packed.in_features,)),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"{name}: weight.{part} has shape {tuple(t.shape)}, need {shape} for "
+                f"{packed.format} of {packed.shape} in groups of {packed.group_size}"
+            )
     nested = packed.nested
-    return replace(
-        operands,
+    return operands._replace(
         codes=packed.codes,
         scales=packed.scales,
         offsets=packed.offsets,

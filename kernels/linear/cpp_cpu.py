@@ -11,6 +11,8 @@ from tilewright.ops.linear.problem import DENSE, Operands, Problem
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SCALE_NAMES = {**NAMES, torch.uint8: "uint8"}
 NO_ROWS = (0, 0)
+_TABLES = {name: list(format.table or ()) for name, format in FORMATS.items()}
+_EIGHT_BIT_TABLES = {name: list(eight_bit_table(name) or ()) for name in FORMATS}
 
 
 def why_not(p: Problem) -> str | None:
@@ -84,11 +86,10 @@ class _Held:
     def packed(self, p: Problem) -> tuple | None:
         if self.codes is None or self.scales is None:
             return None
-        table = FORMATS[p.format].table
-        if p.int8_activations:
-            table = eight_bit_table(p.format)
+        tables = _EIGHT_BIT_TABLES if p.int8_activations else _TABLES
+        table = tables[p.format]
         return (
-            "table" if table else p.format, list(table or ()), self.codes.data_ptr(),
+            "table" if table else p.format, table, self.codes.data_ptr(),
             self.codes.shape[1], SCALE_NAMES[self.scales.dtype], self.scales.data_ptr(),
             _address(self.offsets), self.scales.shape[1], p.group_size,
             _address(self.nested_table), _address(self.nested_absmax), p.nested_block,

@@ -44,7 +44,7 @@ def rest(p: Problem, impl: str) -> tuple:
 
 def _problem(x, *r, needs_grad=False) -> tuple[Problem, Operands, str]:
     """The problem record, the tensors and `impl` again, from the operators' arguments."""
-    o = Operands(*r[:N_OPERANDS])
+    o = Operands._make(r[:N_OPERANDS])
     (out_features, format, group_size, nested_offset, nested_block, scale, activation, dropout_p,
      int8_activations, impl) = r[N_OPERANDS:]  # fmt: skip
     problem = Problem(
@@ -217,10 +217,10 @@ class _FusedLinear(torch.autograd.Function):
 
 def call_fused_linear(x, o: Operands, p: Problem, impl: str) -> torch.Tensor:
     """The registered operator, or in plain eager mode what it would end up calling."""
-    tensors = o.astuple()
-    if not may_go_direct(x, *tensors):
-        return torch.ops.tilewright.fused_linear(x, *tensors, *rest(p, impl))[0]
-    trained = (x, o.weight, o.bias, o.down, o.up)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        return _FusedLinear.apply(x, *tensors, *rest(p, impl))[0]
+    if not may_go_direct(x, *[t for t in o if t is not None]):
+        return torch.ops.tilewright.fused_linear(x, *o, *rest(p, impl))[0]
+    if torch.is_grad_enabled():
+        for t in (x, o.weight, o.bias, o.down, o.up):
+            if t is not None and t.requires_grad:
+                return _FusedLinear.apply(x, *o, *rest(p, impl))[0]
     return _run_forward(x, o, p, impl)[0]
