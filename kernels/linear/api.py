@@ -33,7 +33,7 @@ def fused_linear(
     int8_activations: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer over a dense or packed weight plus a low-rank update, in one pass over x.
+    """A linear layer over a dense or packed weight plus a low-rank update, as one operator.
 
         y[t] = (W x[t] + bias) out_scale  +  scale up f(down drop(x[t]))
 
@@ -58,7 +58,8 @@ def fused_linear(
     float32; packed weights are decoded tile by tile, forward and backward, and never as a whole.
     The error against float64 over the decoded weight is at most twice that of torch's linear in the
     same dtype. Results are bitwise reproducible and do not depend on the number of threads; a row
-    does not depend on the other rows' values. Under autocast x, weight and bias are cast.
+    does not depend on the other rows' values, though its last bits may differ where their number
+    changes the kernel (README.md beside this). Under autocast x, weight and bias are cast.
     ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
     cannot run here.
 
@@ -98,11 +99,23 @@ def lora_linear(
     dropout_seed: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer plus its low-rank update, reading x once: `fused_linear` under its usual name.
+    """A linear layer plus its low-rank update: `fused_linear` with what LoRA needs.
 
         y[t] = W x[t] + bias + scale up f(down drop(x[t]))
 
-    The arguments, dtypes, accuracy and errors are those of `fused_linear`.
+    x                 (T, I) or (..., I) activations; T may be 0
+    weight            (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
+    down, up          (R, I) and (O, R): LoRA's A and B, of any floating dtype, 1 <= R <= 4096
+    scale             of the update, such as LoRA's alpha / R
+    bias              (O,)
+    activation        f: "none" or "relu"
+    dropout_p         probability, 0 <= p < 1, that the update does not see an element of x
+    dropout_seed      (1,) int64; default drawn from torch's default CPU generator
+    impl              "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
+
+    Returns (..., O) in x.dtype. Dtypes, accuracy and reproducibility are those of `fused_linear`.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
     """
@@ -120,11 +133,22 @@ def quantized_linear(
     int8_activations: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer over a packed weight: `fused_linear` under its usual name.
+    """A linear layer over a packed weight: `fused_linear` without an update.
 
         y[t] = W x[t] + bias,   W decoded tile by tile
 
-    The arguments, dtypes, accuracy and errors are those of `fused_linear`.
+    x                 (T, I) or (..., I) activations; T may be 0
+    weight            PackedWeight (O, I), such as `quantize_weight` and the readers return
+    bias              (O,)
+    int8_activations  round x to 8 bits, one scale a row; not with an fp8 weight
+    impl              "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
+
+    Returns (..., O) in x.dtype. Dtypes, accuracy and reproducibility are those of `fused_linear`.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
+
+    Source: Dettmers et al., QLoRA, arXiv 2305.14314, section 3; for int8_activations Dettmers et
+    al., LLM.int8(), arXiv 2208.07339, section 2.
     """
     return fused_linear(x, weight, bias, int8_activations=int8_activations, impl=impl)
 
@@ -144,11 +168,18 @@ def multi_lora_linear(
 
         y[t] = W x[t] + bias + scales[a] ups[a] downs[a] x[t],   a = row_adapters[t]
 
-    downs, ups     one (Ra, I) and (O, Ra) for each adapter; ranks may differ
+    x              (T, I) or (..., I) activations; T may be 0
+    weight         (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
+    downs, ups     one (Ra, I) and (O, Ra) for each adapter; ranks may differ and add up to at most
+                   4096
     row_adapters   (T,) int32, or x.shape[:-1]: the adapter of a row, -1 for none
     scales         one number for each adapter
+    bias           (O,)
+    impl           "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
 
-    Everything else is as in `fused_linear`. The rank of all adapters together is at most 4096.
+    Returns (..., O) in x.dtype. Dtypes, accuracy and reproducibility are those of `fused_linear`.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
 
     Source: Chen et al., Punica, arXiv 2310.18547.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewright.ops.common.packed import FORMATS, eight_bit_table
+from tilewright.ops.common.packed import FORMATS, eight_bit_table, eight_bit_unit
 from tilewright.ops.common.triton_launch import (
     Launch,
     capability_of,
@@ -24,12 +24,17 @@ from tilewright.ops.linear.triton_forward import (
     linear_quantize_rows_kernel,
 )
 from tilewright.ops.linear.triton_narrow import (
+    COLUMNS_ARE_TOKENS,
+    NONE,
+    ROWS_ARE_TOKENS,
     linear_column_sums_kernel,
     linear_narrow_kernel,
     linear_sum_splits_kernel,
 )
 
-_NONE, _ROWS_ARE_TOKENS, _COLUMNS_ARE_TOKENS = 0, 1, 2  # as triton_narrow.py numbers them
+_NONE, _ROWS_ARE_TOKENS, _COLUMNS_ARE_TOKENS = (
+    way.value for way in (NONE, ROWS_ARE_TOKENS, COLUMNS_ARE_TOKENS)
+)
 _GROUP = 8  # tiles of tokens that go together through the tiles of the weight
 
 
@@ -328,7 +333,7 @@ def _codes(p: Problem, by_eight_bits: bool) -> tuple[float, tuple | None]:
     assert table is not None
     if p.int8_activations:
         if by_eight_bits:
-            unit = max(abs(v) for v in table) / 127
+            unit = eight_bit_unit(table)
             return unit, tuple(round(v / unit) for v in table)
         table = eight_bit_table(p.format)
     return 1.0, table
