@@ -49,9 +49,9 @@ tw::PackedWeight packed_of(const py::tuple& t, int64_t n_in) {
   tw::PackedWeight w = {};
   w.kind = codes_of(t[0].cast<std::string>());
   const auto table = t[1].cast<std::vector<float>>();
-  TW_CHECK(table.size() == 16 || w.kind != tw::Codes::table, "fused_linear: a table of ", table.size(),
-           " values, need 16");
-  for (size_t i = 0; i < table.size() && i < 16; ++i) w.table[i] = table[i];
+  const size_t values = w.kind == tw::Codes::table ? tw::kTableCodes : 0;
+  TW_CHECK(table.size() == values, "fused_linear: a table of ", table.size(), " values, need ", values);
+  for (size_t i = 0; i < table.size(); ++i) w.table[i] = table[i];
   w.codes = pointer<const uint8_t>(t[2]);
   w.lines = t[3].cast<int64_t>();
   w.scale_type = scale_type_of(t[4].cast<std::string>());
@@ -67,8 +67,8 @@ tw::PackedWeight packed_of(const py::tuple& t, int64_t n_in) {
   const int64_t inputs = tw::line_inputs(w.kind);
   TW_CHECK(w.lines == (n_in + inputs - 1) / inputs, "fused_linear: ", w.lines, " lines for ", n_in,
            " inputs");
-  TW_CHECK(w.group_size > 0 && w.groups == (n_in + w.group_size - 1) / w.group_size, "fused_linear: ",
-           w.groups, " groups of ", w.group_size, " for ", n_in, " inputs");
+  TW_CHECK(w.group_size > 0 && w.groups == (n_in + w.group_size - 1) / w.group_size,
+           "fused_linear: ", w.groups, " groups of ", w.group_size, " for ", n_in, " inputs");
   TW_CHECK(w.groups <= 1 || w.group_size % 8 == 0, "fused_linear: group_size is ", w.group_size,
            ", need a multiple of 8");
   TW_CHECK(w.scale_type != tw::ScaleType::nested || (w.nested_block > 0 && w.nested_count > 0),
@@ -114,6 +114,8 @@ tw::LinearCall call_of(const std::string& dtype, const py::tuple& extents, const
   const int64_t size = call.out_features * call.in_features;
   TW_CHECK(size == 0 || call.weight.data || call.packed.codes, "fused_linear: null pointer to ", size,
            " weights");
+  TW_CHECK(!call.int8_activations || (!call.weight.data && call.packed.kind != tw::Codes::e4m3),
+           "fused_linear: int8_activations needs a packed weight of whole-number codes");
   return call;
 }
 
