@@ -118,8 +118,8 @@ inline void by_kind(Codes kind, const F& f) {
   }
 }
 
-// Inputs [k0, k0 + k) of row block `block`, scaled, as floats: to[(input - k0) * ld + row], 16 rows. k0 starts
-// a line; inputs up to the end of the last line are written.
+// Inputs [k0, k0 + k) of row block `block`, scaled, as floats: to[(input - k0) * ld + row], 16 rows. k0
+// starts a line; inputs up to the end of the last line are written.
 template <Codes KIND>
 inline void decode_lines(float* to, int64_t ld, const PackedWeight& w, int64_t block, int64_t k0, int k) {
   constexpr int kInputs = KIND == Codes::table ? 8 : 4;

@@ -1,5 +1,5 @@
-// Backward: dx = (dy out_scale) W + drop(dhidden down) panel by panel, and the gradients of the update and the
-// bias in one pass over dy.
+// Backward: dx = (dy out_scale) W + drop(dhidden down) panel by panel, and the gradients of the update and
+// the bias in one pass over dy.
 //
 //   dhidden[t][r] = scale f'(hidden[t][r]) sum_o dy[t][o] up[o][r]
 //   dup[r][o]     = scale sum_t hidden[t][r] dy[t][o]
@@ -13,7 +13,7 @@
 namespace tw {
 namespace {
 
-constexpr double kSerialFlops = 2e5;  // below, a second thread costs more than it does
+constexpr double kSerialFlops = 2e5;               // below, a second thread costs more than it does
 constexpr int kOuter = kHasMatrixUnit ? 128 : 96;  // tokens that an outer product sums up; whole blocks
 constexpr int64_t kMostSlabs = 8;
 constexpr int64_t kSlabBytes = int64_t{64} << 20;  // of all slabs' sums together, if several
@@ -100,9 +100,7 @@ struct Backward {
   int64_t slab_floats() const {
     return dup_floats() + ddown_floats() + (call.dbias ? round_up(f.out_features, 16) : 0);
   }
-  SlabSums sums_at(float* at) const {
-    return {at, at + dup_floats(), at + dup_floats() + ddown_floats()};
-  }
+  SlabSums sums_at(float* at) const { return {at, at + dup_floats(), at + dup_floats() + ddown_floats()}; }
 
   float scale_of(int r) const { return f.column_scales ? f.column_scales[r] : f.scale; }
 
@@ -198,8 +196,7 @@ struct Backward {
         gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + t0 * rank.row, rank.row,
                              scratch.update + s * rank.row, kStrip<C>, scratch.tile, kStrip<C>);
         if (f.dropout_p > 0)
-          for (int r = 0; r < rows; ++r)
-            drop_row(scratch.tile + r * kStrip<C>, f, t0 + r, n0 + s, used);
+          for (int r = 0; r < rows; ++r) drop_row(scratch.tile + r * kStrip<C>, f, t0 + r, n0 + s, used);
       }
       for (int r = 0; r < rows; ++r)
         for (int n = 0; n < used; n += W) {
@@ -237,8 +234,7 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
       most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
   PackedLeft<C> left = PackedLeft<C>::measure(f.tokens);
   const int64_t left_bytes = call.dx.data ? left.bytes(f.out_features) : 0;
-  char* workspace =
-      take_workspace(up_bytes + kept_bytes + sums_bytes + left_bytes + threads * scratch_bytes);
+  char* workspace = take_workspace(up_bytes + kept_bytes + sums_bytes + left_bytes + threads * scratch_bytes);
   if (!workspace) return false;
   left.data = reinterpret_cast<C*>(workspace + up_bytes + kept_bytes + sums_bytes);
   b.up.data = reinterpret_cast<C*>(workspace);
@@ -282,8 +278,8 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
         for (int64_t r0 = 0; r0 < f.rank; r0 += kChunk)
           down_lanes.build({scratch.update + r0 * kStrip<C>, int64_t{b.rank.row} * kStrip<C>, nullptr}, n0,
                            strips, r0, static_cast<int>(least(kChunk, f.rank - r0)));
-        panel_product(left, right, f.out_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes, scratch,
-                      [&](const float* block, int64_t t, int rows) {
+        panel_product(left, right, f.out_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes,
+                      scratch, [&](const float* block, int64_t t, int rows) {
                         b.finish_block(block, begin + t, rows, n0, lanes, scratch);
                       });
       }

@@ -110,7 +110,8 @@ bool forward(const LinearCall& call, const Right& right) {
                         strips, r0, static_cast<int>(least(kChunk, rank.r - r0)));
         panel_product(left, right, call.in_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes,
                       scratch, [&](const float* sums, int64_t t, int rows) {
-                        finish_block<T>(call, rank, kept, sums, row_scales, begin, t, rows, n0, lanes, scratch);
+                        finish_block<T>(call, rank, kept, sums, row_scales, begin, t, rows, n0, lanes,
+                                        scratch);
                       });
       }
       team.barrier();

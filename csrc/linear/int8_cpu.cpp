@@ -1,7 +1,8 @@
 // Forward for many tokens with activations of 8 bits: whole numbers times whole numbers, 32-bit sums, and a
 // scale for each group of inputs.
 //
-//   y[t][o] = row_scale[t] sum_g ( scale[o][g] sum_{k in g} a[t][k] q[o][k]  +  offset[o][g] sum_{k in g} a[t][k] )
+//   y[t][o] = row_scale[t] sum_g ( scale[o][g] sum_{k in g} a[t][k] q[o][k]  +  offset[o][g] sum_{k in g}
+//   a[t][k] )
 //
 // The vector instruction takes one unsigned operand: a + 128, and 128 sum q is taken off again where the sum
 // starts. The matrix unit takes both signed. The low-rank update is forward_cpu.cpp's, added to y.
@@ -16,24 +17,24 @@ namespace {
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int kChunk = 512;                                   // inputs of a panel
-constexpr int kStrip = kHasMatrixUnit ? 2 * kUnitTile : 64;   // lanes of a strip
+constexpr int kChunk = 512;                                  // inputs of a panel
+constexpr int kStrip = kHasMatrixUnit ? 2 * kUnitTile : 64;  // lanes of a strip
 constexpr int kPanelLanes = kHasMatrixUnit ? 512 : 256;
-constexpr int kBlock = kHasMatrixUnit ? 32 : 48;              // tokens
+constexpr int kBlock = kHasMatrixUnit ? 32 : 48;  // tokens
 constexpr int kTokensOfItem = 512;
 constexpr int64_t kTokensAtOnce = 1024;
-constexpr int64_t kLeftRow = kChunk + 64;    // bytes: rows of a block start in different cache sets
+constexpr int64_t kLeftRow = kChunk + 64;  // bytes: rows of a block start in different cache sets
 constexpr int64_t kSumsRow = kPanelLanes + 16;
-constexpr int kMostSegments = kChunk / 8;    // of a chunk, each with scales of its own
-constexpr int kRows = 6;                     // of the vector kernel
-constexpr int64_t kLeastUnitGroup = 256;     // below, converting the unit's sums costs more than it saves
+constexpr int kMostSegments = kChunk / 8;  // of a chunk, each with scales of its own
+constexpr int kRows = 6;                   // of the vector kernel
+constexpr int64_t kLeastUnitGroup = 256;   // below, converting the unit's sums costs more than it saves
 
 // A panel of q: strips of [input / 4][lane][4] bytes, and what belongs to each segment of inputs.
 struct BytePanel {
   int8_t* bytes;
-  float *scales, *offsets;  // (segment, lane)
-  int32_t* starts;          // (segment, lane): -128 times the segment's sum of q
-  int ends[kMostSegments];  // of the segments, inputs of the chunk, whole lines
+  float *scales, *offsets;     // (segment, lane)
+  int32_t* starts;             // (segment, lane): -128 times the segment's sum of q
+  int ends[kMostSegments];     // of the segments, inputs of the chunk, whole lines
   bool closes[kMostSegments];  // whether a segment is its group's last
   int segments;
 };
@@ -76,10 +77,10 @@ struct Int8 {
     panel.segments = 0;
     for (int at = 0; at < k;) {
       const int64_t group = group_of(w, k0 + at);
-      const int64_t end = w.groups == 1 ? call.in_features : least((group + 1) * w.group_size, call.in_features);
+      const int64_t end =
+          w.groups == 1 ? call.in_features : least((group + 1) * w.group_size, call.in_features);
       const int to = static_cast<int>(least(k, end - k0));
-      for (int n = 0; n < strips * kStrip; n += kLineRows)
-        segment(panel, n0, n, k0, at, to, group);
+      for (int n = 0; n < strips * kStrip; n += kLineRows) segment(panel, n0, n, k0, at, to, group);
       panel.closes[panel.segments] = k0 + to == end;
       panel.ends[panel.segments++] = static_cast<int>(round_up(to, inputs));
       at = to;
@@ -135,7 +136,8 @@ struct Int8 {
         codes = eight_bit_code(load(x + i), scale);
       else if (i < n)
         codes = eight_bit_code(load_n(x + i, static_cast<int>(n - i)), scale);
-      U::store_codes(to.bytes + (i / kChunk * to.tokens + at) * kLeftRow + i % kChunk, codes, bias, in_nibbles);
+      U::store_codes(to.bytes + (i / kChunk * to.tokens + at) * kLeftRow + i % kChunk, codes, bias,
+                     in_nibbles);
     }
     for (int64_t group = 0; w.offsets && group < w.groups; ++group) {
       const int64_t begin = group * w.group_size, end = w.groups == 1 ? n : least(begin + w.group_size, n);
@@ -190,7 +192,8 @@ struct Int8 {
     }
   }
 
-  void add_offsets(const BytePanel& panel, int64_t slot, const float* group_sums, int rows, float* sums) const {
+  void add_offsets(const BytePanel& panel, int64_t slot, const float* group_sums, int rows,
+                   float* sums) const {
     for (int n = 0; n < kStrip; n += W) {
       const vf offset = load(panel.offsets + slot + n);
       for (int r = 0; r < rows; ++r) {
@@ -210,8 +213,8 @@ struct Int8 {
       const int64_t slot = static_cast<int64_t>(g) * kPanelLanes + s * kStrip;
       if constexpr (kHasMatrixUnit)
         unit_byte_product<2, 2>(static_cast<int>(round_up(panel.ends[g] - from, 64)) / 4,
-                                reinterpret_cast<const int8_t*>(a) + from, kLeftRow, b + from * kStrip, kStrip,
-                                whole, 2 * kUnitTile);
+                                reinterpret_cast<const int8_t*>(a) + from, kLeftRow, b + from * kStrip,
+                                kStrip, whole, 2 * kUnitTile);
       for (int n = 0; n < kStrip; n += W) {
         const vf scale = load(panel.scales + slot + n);
         for (int r = 0; r < kBlock; ++r) {
@@ -225,16 +228,15 @@ struct Int8 {
     }
   }
 
-  void block_product(const BytePanel& panel, int strips, const uint8_t* a, const float* group_sums, bool first,
-                     float* sums) const {
+  void block_product(const BytePanel& panel, int strips, const uint8_t* a, const float* group_sums,
+                     bool first, float* sums) const {
     for (int s = 0; s < strips; ++s)
       if constexpr (kHasMatrixUnit)
         unit_product_of(panel, s, a, group_sums, first, sums + s * kStrip);
       else
         for (int r = 0; r < kBlock; r += kRows)
-          vector_product<kRows>(panel, s, a + r * kLeftRow,
-                                group_sums ? group_sums + r * w.groups : nullptr, first,
-                                sums + r * kSumsRow + s * kStrip);
+          vector_product<kRows>(panel, s, a + r * kLeftRow, group_sums ? group_sums + r * w.groups : nullptr,
+                                first, sums + r * kSumsRow + s * kStrip);
   }
 
   template <class T>

@@ -20,9 +20,9 @@ struct Rows {
 struct LinearCall {
   DType dtype;  // of x, y, weight, down, up and hidden
   int64_t tokens, in_features, out_features;
-  int rank;             // 0: no low-rank update
-  Rows x, y;            // (T, I), (T, O)
-  Rows weight;          // (O, I); data is nullptr where `packed` holds
+  int rank;     // 0: no low-rank update
+  Rows x, y;    // (T, I), (T, O)
+  Rows weight;  // (O, I); data is nullptr where `packed` holds
   PackedWeight packed;
   const float* bias;       // (O), or nullptr
   const float* out_scale;  // (O), or nullptr
@@ -56,12 +56,12 @@ bool linear_forward(const LinearCall& call);
 bool linear_backward(const LinearBackwardCall& call);
 
 // linear_rows is for a few tokens; linear_int8 says whether the call is one for it, and does nothing if not.
-#define TW_LINEAR_KERNELS(level)                         \
-  namespace level {                                      \
-  bool linear_forward(const LinearCall& call);           \
-  bool linear_rows(const LinearCall& call);              \
-  bool linear_int8(const LinearCall& call, bool* fits);  \
-  bool linear_backward(const LinearBackwardCall& call);  \
+#define TW_LINEAR_KERNELS(level)                        \
+  namespace level {                                     \
+  bool linear_forward(const LinearCall& call);          \
+  bool linear_rows(const LinearCall& call);             \
+  bool linear_int8(const LinearCall& call, bool* fits); \
+  bool linear_backward(const LinearBackwardCall& call); \
   }
 TW_LINEAR_KERNELS(portable)
 TW_LINEAR_KERNELS(avx2)

@@ -2,9 +2,9 @@
 //
 //   C[t][n] (float)  =  sum_k A[t][k] B[k][n]
 //
-// A panel is kPanelLanes lanes n of B over kChunk of depth, packed as gemm_tile.h reads it in strips of kStrip
-// lanes; it stays in the second-level cache while blocks of tokens pass by. Depth is cut at the same places
-// whatever the number of tokens and threads, so that a sum's order does not depend on them.
+// A panel is kPanelLanes lanes n of B over kChunk of depth, packed as gemm_tile.h reads it in strips of
+// kStrip lanes; it stays in the second-level cache while blocks of tokens pass by. Depth is cut at the same
+// places whatever the number of tokens and threads, so that a sum's order does not depend on them.
 #pragma once
 
 #include "common/gemm_tile.h"
@@ -15,21 +15,21 @@
 namespace tw {
 namespace {
 
-constexpr int kChunk = 512;       // depth of a panel, elements
+constexpr int kChunk = 512;  // depth of a panel, elements
 constexpr int kPanelLanes = kHasMatrixUnit ? 512 : 256;
 constexpr int kTokensOfItem = 512;
 constexpr int64_t kTokensAtOnce = 1024;  // whose left side is packed ahead; a multiple of kTokensOfItem
 
 // lanes of a strip: what the microkernel takes at once, and at least a row block of a packed weight
 template <class C>
-constexpr int kStrip = kHasMatrixUnit && sizeof(C) == 2   ? 2 * kUnitTile
+constexpr int kStrip = kHasMatrixUnit && sizeof(C) == 2 ? 2 * kUnitTile
                        : kMicroVectors * W >= kLineRows ? kMicroVectors * W
                                                         : kLineRows;
 // tokens of a block
 constexpr int kBlock = kHasMatrixUnit ? 32 : 48;
 
 constexpr int64_t kSumsRow = kPanelLanes + 16;  // floats, for the same reason
-constexpr int64_t kLeftRow = kChunk + 32;  // elements: rows of a block start in different cache sets
+constexpr int64_t kLeftRow = kChunk + 32;       // elements: rows of a block start in different cache sets
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -104,8 +104,8 @@ struct Tokens {
   }
 };
 
-// Tokens packed ahead, for all panels: [chunk of depth][token][kLeftRow]. Read row by row where they lie, they
-// would be copied once a panel.
+// Tokens packed ahead, for all panels: [chunk of depth][token][kLeftRow]. Read row by row where they lie,
+// they would be copied once a panel.
 template <class C>
 struct PackedLeft {
   C* data;
@@ -203,7 +203,8 @@ struct LanesAreColumns {
     const int columns = static_cast<int>(most(0, least(strips * kStrip<C>, n_columns - n0)));
     for (int d = 0; d < width; d += kDepth) {
       for (int i = 0; i < kDepth; ++i)
-        if (k0 + d + i + kRowsAhead < n_rows) prefetch_row(row_at<T>(rows, k0 + d + i + kRowsAhead, n0), columns);
+        if (k0 + d + i + kRowsAhead < n_rows)
+          prefetch_row(row_at<T>(rows, k0 + d + i + kRowsAhead, n0), columns);
       for (int s = 0; s < strips; ++s) {
         C* to = room.strip(s) + static_cast<int64_t>(d) * kStrip<C>;
         for (int n = 0; n < kStrip<C>; n += W) {

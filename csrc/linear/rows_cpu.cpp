@@ -64,8 +64,8 @@ struct FewTokens {
 
 // y of W outputs from `o` on, of token t, from their base sums.
 template <class T>
-void finish_outputs(const LinearCall& call, const float* all_hidden, const float* row_scales, int t, int64_t o,
-                    vf y) {
+void finish_outputs(const LinearCall& call, const float* all_hidden, const float* row_scales, int t,
+                    int64_t o, vf y) {
   const int some = static_cast<int>(least(W, call.out_features - o));
   if (some <= 0) return;
   if (row_scales) y = mul(y, set1(row_scales[t]));
@@ -147,7 +147,8 @@ void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, 
   for (int b = 0; b < BLOCKS; ++b)
     for (int v = 0; v < kRowVectors; ++v)
       for (int t = 0; t < static_cast<int>(call.tokens); ++t)
-        finish_outputs<T>(call, few.hidden, few.row_scales, t, (block + b) * kLineRows + v * W, sums[b][v][t]);
+        finish_outputs<T>(call, few.hidden, few.row_scales, t, (block + b) * kLineRows + v * W,
+                          sums[b][v][t]);
 }
 
 // y of kDots dense rows from `o` on, each read once.

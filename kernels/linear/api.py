@@ -164,16 +164,16 @@ def multi_lora_linear(
             f"need int32 of shape {tuple(x.shape[:-1])} as x without its last axis"
         )
     ranks = [d.shape[0] for d in downs]
+    # made on the CPU: nothing waits for a GPU to tell its ranks
+    columns = torch.tensor([a for a, rank in enumerate(ranks) for _ in range(rank)])
+    each = torch.tensor([float(s) for s in scales])
+    columns, column_scales = columns.int(), each[columns]
     device = row_adapters.device
-    columns = torch.repeat_interleave(
-        torch.arange(len(ranks), dtype=torch.int32, device=device),
-        torch.tensor(ranks, device=device),
-    )
-    each = torch.tensor([float(s) for s in scales], dtype=torch.float32, device=device)
     p, x2, o = _describe(
         x, weight, bias, down=torch.cat(list(downs)), up=torch.cat(list(ups), dim=1),
-        row_adapters=row_adapters.reshape(-1), column_adapters=columns,
-        column_scales=each[columns.long()], name=name,
+        row_adapters=row_adapters.reshape(-1),
+        column_adapters=columns.to(device, non_blocking=True),
+        column_scales=column_scales.to(device, non_blocking=True), name=name,
     )  # fmt: skip
     return op.call_fused_linear(x2, o, p, impl).view(*x.shape[:-1], p.out_features)
 
