@@ -267,7 +267,7 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
         raise ValueError(f"{name}: {missing} is missing, need down and up together or neither")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # a graph compiler cannot follow math.isfinite
         raise ValueError(f"{name}: scale is {scale}, need a finite number")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, need 0 <= dropout_p < 1")
