@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from tilewright import choose, settings
-from tilewright.ops.common.packed import FORMATS, PackedWeight
+from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
 from tilewright.ops.linear import op
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
@@ -163,6 +163,22 @@ def multi_lora_linear(
             f"{name}: row_adapters is {row_adapters.dtype} of shape {tuple(row_adapters.shape)}, "
             f"need int32 of shape {tuple(x.shape[:-1])} as x without its last axis"
         )
+    n_out, n_in = weight.shape if isinstance(weight, PackedWeight) else _matrix(name, weight)
+    for a, (down, up, scale) in enumerate(zip(downs, ups, scales, strict=True)):
+        expect_dtype(name, DTYPES, **{f"downs[{a}]": down})
+        expect_dtype(name, DTYPES, **{f"ups[{a}]": up})
+        expect_device(name, x=x, **{f"downs[{a}]": down, f"ups[{a}]": up})
+        rank = down.shape[0] if down.dim() == 2 else 0
+        if rank < 1 or down.shape[1] != n_in:
+            raise ValueError(
+                f"{name}: downs[{a}] has shape {tuple(down.shape)}, need (R, {n_in}), R at least 1"
+            )
+        if up.shape != (n_out, rank):
+            raise ValueError(
+                f"{name}: ups[{a}] has shape {tuple(up.shape)}, need ({n_out}, {rank})"
+            )
+        if not abs(scale) < math.inf:
+            raise ValueError(f"{name}: scales[{a}] is {scale}, need a finite number")
     ranks = [d.shape[0] for d in downs]
     device = row_adapters.device
     columns = torch.repeat_interleave(
@@ -242,6 +258,7 @@ def _describe(
         dropout_seed=dropout_seed if dropout_p else None,
     )
     if packed is not None:
+        _expect_whole(name, packed, x)
         operands = _with_packed(operands, packed)
     nested = None if packed is None else packed.nested
     problem = Problem(
@@ -285,10 +302,44 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
     return rank
 
 
+def _expect_whole(name: str, w: PackedWeight, x: torch.Tensor) -> None:
+    """Refuse a packed weight whose tensors are not of the extents it states: kernels trust them."""
+    if w.format not in FORMATS:
+        raise ValueError(f"{name}: no format {w.format!r}. Known: {', '.join(FORMATS)}")
+    if w.group_size < 1:
+        raise ValueError(f"{name}: weight's group_size is {w.group_size}, need at least 1")
+    for argument, t in w.tensors().items():
+        expect_device(name, x=x, **{f"weight's {argument}": t})
+    blocks, lines = -(-w.out_features // ROWS), -(-w.in_features // inputs_of_a_line(w.format))
+    _expect_like(name, "codes", w.codes, (torch.uint8,), (blocks, lines, 64))
+    scale_types = (torch.float32, torch.float16, torch.bfloat16)
+    rows = blocks, w.groups, ROWS
+    _expect_like(
+        name, "scales", w.scales, scale_types if w.nested is None else (torch.uint8,), rows
+    )
+    if w.offsets is not None:
+        _expect_like(name, "offsets", w.offsets, scale_types, rows)
+    if w.input_order is not None:
+        _expect_like(name, "input_order", w.input_order, (torch.int32,), (w.in_features,))
+    if w.nested is not None:
+        table, absmax, _, block = w.nested
+        if block < 1:
+            raise ValueError(f"{name}: weight's nested block is {block}, need at least 1")
+        count = -(-w.out_features * w.groups // block)
+        _expect_like(name, "nested table", table, scale_types, (256,))
+        _expect_like(name, "nested absmax", absmax, scale_types, (count,))
+
+
+def _expect_like(name, part, t, dtypes, shape) -> None:
+    if t.dtype not in dtypes or t.shape != shape:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name}: weight's {part} is {t.dtype} of shape {tuple(t.shape)}, "
+            f"need {names} of shape {tuple(shape)}"
+        )
+
+
 def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
-    if packed.format not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"fused_linear: no format {packed.format!r}. Known: {known}")
     nested = packed.nested
     return replace(
         operands,

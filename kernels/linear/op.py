@@ -126,7 +126,23 @@ class _ReferenceImplementation:
         )
 
 
+def _expect_adapters(o: Operands) -> None:
+    """Refuse rows of adapters that are not there; on a GPU it would wait for the device."""
+    rows, columns = o.row_adapters, o.column_adapters
+    if rows is None or columns is None or rows.device.type != "cpu":
+        return
+    last = int(columns.max())
+    stray = ((rows < -1) | (rows > last)).nonzero()
+    if stray.numel():
+        t = int(stray[0])
+        raise ValueError(
+            f"multi_lora_linear: row_adapters[{t}] is {int(rows[t])}, "
+            f"need -1 for none or 0 to {last}"
+        )
+
+
 def _run_forward(x, o: Operands, p: Problem, impl: str):
+    _expect_adapters(o)
     return _implementation(choose.choose("fused_linear", impl, p)).forward(x, o, p)
 
 
