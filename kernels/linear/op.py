@@ -180,8 +180,11 @@ def _(dy, x, hidden, wants, *r):
 def _setup_context(ctx, inputs, output):
     x, *r = inputs
     ctx.set_materialize_grads(False)
-    # x serves the gradients of the weight and of down; of a frozen base nothing weight-sized is new
-    ctx.save_for_backward(x, output[1], *r[:N_OPERANDS])
+    # x serves the gradients of the weight and of an update; of a frozen base nothing weight-sized
+    # is new
+    needs_x = r[DOWN] is not None or ctx.needs_input_grad[1 + WEIGHT]
+    ctx.in_features = x.shape[1]
+    ctx.save_for_backward(x if needs_x else None, output[1], *r[:N_OPERANDS])
     ctx.rest = r[N_OPERANDS:]
 
 
@@ -191,6 +194,8 @@ def _autograd_backward(ctx, dy, dhidden):
     grads: list[torch.Tensor | None] = [None] * len(needs)
     if dy is None:
         return tuple(grads)
+    if x is None:  # only its shape is asked for: one row, seen as all of them
+        x = dy.new_zeros(ctx.in_features).expand(dy.shape[0], ctx.in_features)
     places = (0, 1 + BIAS, 1 + DOWN, 1 + UP)
     wants = [needs[i] for i in places]
     if any(wants):
