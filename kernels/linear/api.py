@@ -225,7 +225,7 @@ def _describe(
         raise ValueError(
             f"{name}: x has shape {tuple(x.shape)}, need a last axis of I = {n_in} as in weight"
         )
-    x2 = x.reshape(-1, n_in) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), n_in)
+    x2 = x.reshape(-1 if n_in else math.prod(x.shape[:-1]), n_in)
     for argument, t in (("bias", bias), ("out_scale", out_scale)):
         if t is not None and t.shape != (n_out,):
             raise ValueError(

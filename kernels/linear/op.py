@@ -87,9 +87,11 @@ class _ReferenceImplementation:
             dropped = reference.dropout_factors(seed, p.tokens, p.in_features, p.dropout_p)
             dropped = dropped.to(x.device)
         return dict(
-            down=o.down, up=o.up, scale=p.scale, activation=p.activation, dropped=dropped,
-            row_adapters=o.row_adapters, column_adapters=o.column_adapters,
-            column_scales=o.column_scales,
+            # as they meet x
+            down=None if o.down is None else o.down.to(x.dtype),
+            up=None if o.up is None else o.up.to(x.dtype), scale=p.scale,
+            activation=p.activation, dropped=dropped, row_adapters=o.row_adapters,
+            column_adapters=o.column_adapters, column_scales=o.column_scales,
         )  # fmt: skip
 
     @classmethod
@@ -109,13 +111,14 @@ class _ReferenceImplementation:
 
     @classmethod
     def backward(cls, dy, x, hidden, o, p, wants):
+        low_rank = cls._low_rank(x, p, o)
         with torch.enable_grad():
             leaves = [
                 None if t is None else t.detach().double().requires_grad_()
-                for t in (x, o.bias, o.down, o.up)
+                for t in (x, o.bias, low_rank["down"], low_rank["up"])
             ]
             x64, bias, down, up = leaves
-            low_rank = {**cls._low_rank(x, p, o), "down": down, "up": up}
+            low_rank |= {"down": down, "up": up}
             y, _ = reference.fused_linear(x64, cls._weight(p, o), bias, o.out_scale, **low_rank)
             wanted = [t for t, wants_it in zip(leaves, wants, strict=True) if wants_it]
             grads = iter(torch.autograd.grad(y, wanted, dy.double()))
