@@ -126,10 +126,10 @@ def backward(dy, x, hidden, o: Operands, p: Problem, wants):
         _extents(p), _rows(held.x), _rows(held.weight), held.packed(p), _address(held.out_scale),
         _rows(held.down), _rows(held.up), _rows(hidden), held.rule(p), torch.get_num_threads(),
     )  # fmt: skip
-    nothing = x.new_empty(0)
     return (
-        nothing if dx is None else held.unordered(dx),
-        nothing if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
-        nothing if ddown is None or o.down is None else held.unordered(ddown).to(o.down.dtype),
-        nothing if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
-    )
+        x.new_empty(0) if dx is None else held.unordered(dx),
+        x.new_empty(0) if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
+        x.new_empty(0) if ddown is None or o.down is None
+        else held.unordered(ddown).to(o.down.dtype),
+        x.new_empty(0) if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
+    )  # fmt: skip
