@@ -9,6 +9,7 @@ namespace tw {
 namespace {
 
 constexpr int kRowVectors = kLineRows / W;  // vectors of a line's rows
+constexpr double kSerialWeights = 3e4;      // to decode: below, a second thread costs more than it does
 
 // The scale or offset of sixteen rows, as kRowVectors vectors.
 struct RowValues {

@@ -306,6 +306,9 @@ struct PackedLanesAreColumns {
     if (rows > 0 && columns > 0) {
       decode_lines<KIND>(values, kLineRows, w, row / kLineRows, n, columns);
       fill_zero(values + columns * kLineRows, (kStrip<C> - columns) * kLineRows);
+      // nested scales say something of rows past the last, and NaN times the left side's zeros is NaN
+      for (int c = 0; rows < kLineRows && c < columns; ++c)
+        fill_zero(values + c * kLineRows + rows, kLineRows - rows);
     } else {
       fill_zero(values, kStrip<C> * kLineRows);
     }

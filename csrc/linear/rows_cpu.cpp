@@ -10,8 +10,6 @@
 namespace tw {
 namespace {
 
-constexpr double kSerialWeights = 3e4;  // below, a second thread costs more than it does
-
 constexpr int64_t kRowUnit = 64;  // elements that rows of tokens are padded to: whole lines, whole vectors
 
 // How lines meet tokens. Inputs one by one as floats:

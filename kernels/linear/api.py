@@ -194,17 +194,33 @@ def multi_lora_linear(
             f"{name}: row_adapters is {row_adapters.dtype} of shape {tuple(row_adapters.shape)}, "
             f"need int32 of shape {tuple(x.shape[:-1])} as x without its last axis"
         )
+    n_out, n_in = weight.shape if isinstance(weight, PackedWeight) else _matrix(name, weight)
+    for a, (down, up, scale) in enumerate(zip(downs, ups, scales, strict=True)):
+        expect_dtype(name, DTYPES, **{f"downs[{a}]": down})
+        expect_dtype(name, DTYPES, **{f"ups[{a}]": up})
+        expect_device(name, x=x, **{f"downs[{a}]": down, f"ups[{a}]": up})
+        rank = down.shape[0] if down.dim() == 2 else 0
+        if rank < 1 or down.shape[1] != n_in:
+            raise ValueError(
+                f"{name}: downs[{a}] has shape {tuple(down.shape)}, need (R, {n_in}), R at least 1"
+            )
+        if up.shape != (n_out, rank):
+            raise ValueError(
+                f"{name}: ups[{a}] has shape {tuple(up.shape)}, need ({n_out}, {rank})"
+            )
+        if not abs(scale) < math.inf:
+            raise ValueError(f"{name}: scales[{a}] is {scale}, need a finite number")
     ranks = [d.shape[0] for d in downs]
+    # made on the CPU: nothing waits for a GPU to tell its ranks
+    columns = torch.tensor([a for a, rank in enumerate(ranks) for _ in range(rank)])
+    each = torch.tensor([float(s) for s in scales])
+    columns, column_scales = columns.int(), each[columns]
     device = row_adapters.device
-    columns = torch.repeat_interleave(
-        torch.arange(len(ranks), dtype=torch.int32, device=device),
-        torch.tensor(ranks, device=device),
-    )
-    each = torch.tensor([float(s) for s in scales], dtype=torch.float32, device=device)
     p, x2, o = _describe(
         x, weight, bias, down=torch.cat(list(downs)), up=torch.cat(list(ups), dim=1),
-        row_adapters=row_adapters.reshape(-1), column_adapters=columns,
-        column_scales=each[columns.long()], name=name,
+        row_adapters=row_adapters.reshape(-1),
+        column_adapters=columns.to(device, non_blocking=True),
+        column_scales=column_scales.to(device, non_blocking=True), name=name,
     )  # fmt: skip
     return op.call_fused_linear(x2, o, p, impl).view(*x.shape[:-1], p.out_features)
 
@@ -276,7 +292,8 @@ def _describe(
         dropout_seed=dropout_seed if dropout_p else None,
     )
     if packed is not None:
-        operands = _with_packed(name, operands, packed)
+        _expect_whole(name, packed, x)
+        operands = _with_packed(operands, packed)
     nested = None if packed is None else packed.nested
     problem = Problem(
         device=device, dtype=x.dtype, tokens=x2.shape[0], in_features=n_in, out_features=n_out,
@@ -301,7 +318,7 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
         raise ValueError(f"{name}: {missing} is missing, need down and up together or neither")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # a graph compiler cannot follow math.isfinite
         raise ValueError(f"{name}: scale is {scale}, need a finite number")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, need 0 <= dropout_p < 1")
@@ -319,24 +336,50 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
     return rank
 
 
-def _with_packed(name: str, operands: Operands, packed: PackedWeight) -> Operands:
-    """The operands with a packed weight's tensors, once their shapes fit together."""
-    if packed.format not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{name}: no format {packed.format!r}. Known: {known}")
-    width = inputs_of_a_line(packed.format)
-    blocks, groups = -(-packed.out_features // ROWS), packed.groups
-    for part, t, shape in (
-        ("codes", packed.codes, (blocks, -(-packed.in_features // width), 64)),
-        ("scales", packed.scales, (blocks, groups, ROWS)),
-        ("offsets", packed.offsets, (blocks, groups, ROWS)),
-        ("input_order", packed.input_order, (packed.in_features,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(
-                f"{name}: weight.{part} has shape {tuple(t.shape)}, need {shape} for "
-                f"{packed.format} of {packed.shape} in groups of {packed.group_size}"
-            )
+def _expect_whole(name: str, w: PackedWeight, x: torch.Tensor) -> None:
+    """Refuse a packed weight whose tensors are not of the extents it states: kernels trust them.
+
+    A weight is looked through once, and remembers it; its fields cannot be set again.
+    """
+    if "_is_whole" in w.__dict__:
+        return
+    if w.format not in FORMATS:
+        raise ValueError(f"{name}: no format {w.format!r}. Known: {', '.join(FORMATS)}")
+    if w.group_size < 1:
+        raise ValueError(f"{name}: weight's group_size is {w.group_size}, need at least 1")
+    for argument, t in w.tensors().items():
+        expect_device(name, x=x, **{f"weight's {argument}": t})
+    blocks, lines = -(-w.out_features // ROWS), -(-w.in_features // inputs_of_a_line(w.format))
+    _expect_like(name, "codes", w.codes, (torch.uint8,), (blocks, lines, 64))
+    scale_types = (torch.float32, torch.float16, torch.bfloat16)
+    rows = blocks, w.groups, ROWS
+    _expect_like(
+        name, "scales", w.scales, scale_types if w.nested is None else (torch.uint8,), rows
+    )
+    if w.offsets is not None:
+        _expect_like(name, "offsets", w.offsets, scale_types, rows)
+    if w.input_order is not None:
+        _expect_like(name, "input_order", w.input_order, (torch.int32,), (w.in_features,))
+    if w.nested is not None:
+        table, absmax, _, block = w.nested
+        if block < 1:
+            raise ValueError(f"{name}: weight's nested block is {block}, need at least 1")
+        count = -(-w.out_features * w.groups // block)
+        _expect_like(name, "nested table", table, scale_types, (256,))
+        _expect_like(name, "nested absmax", absmax, scale_types, (count,))
+    object.__setattr__(w, "_is_whole", True)
+
+
+def _expect_like(name, part, t, dtypes, shape) -> None:
+    if t.dtype not in dtypes or t.shape != shape:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name}: weight's {part} is {t.dtype} of shape {tuple(t.shape)}, "
+            f"need {names} of shape {tuple(shape)}"
+        )
+
+
+def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
     nested = packed.nested
     return operands._replace(
         codes=packed.codes,
