@@ -41,7 +41,7 @@ def dtype_name(dtype) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of fused_linear.
+    """A call of fused_linear. Base and update are of one size: one percent of either shows.
 
     group          inputs that share a scale, 0 for one scale a row
     scales         their type, or "nested"
@@ -61,7 +61,7 @@ class Case:
     act_order: bool = False
     bias: bool = False
     out_scale: bool = False
-    scale: float = 2.0
+    scale: float = -1.0
     activation: str = "none"
     dropout_p: float = 0.0
     adapter: torch.dtype | None = None
@@ -218,7 +218,7 @@ def make_inputs(case: Case, dtype) -> Inputs:
         )  # fmt: skip
     options: dict = {}
     if case.bias:
-        options["bias"] = normal(n_out)
+        options["bias"] = normal(n_out, size=0.5)
     if case.out_scale:
         options["out_scale"] = normal(n_out)
     kind = case.adapter or dtype

@@ -145,7 +145,7 @@ CALLS = {
     "unknown-impl": (
         (x, weight),
         {"impl": "fastest"},
-        'no impl "fastest". Known: auto, triton_gpu, cpp_cpu, reference',
+        'no impl "fastest". Known: auto, triton_gpu, cuda_hopper, cpp_cpu, reference',
     ),
 }
 

@@ -52,7 +52,7 @@ def described(case: Case, dtype=torch.float32, grad=True):
     p, x, operands = api._describe(inputs.x, inputs.weight, **options)
     trained = {n: getattr(operands, n).requires_grad_() for n in ("bias", "down", "up")
                if grad and getattr(operands, n) is not None}  # fmt: skip
-    operands = replace(operands, **trained)
+    operands = operands._replace(**trained)
     return x.requires_grad_(grad), operands, p, inputs
 
 
@@ -60,7 +60,7 @@ def described(case: Case, dtype=torch.float32, grad=True):
 def test_opcheck_of_the_forward(case):
     x, operands, p, _ = described(case)
     torch.library.opcheck(
-        torch.ops.tilewright.fused_linear.default, (x, *operands.astuple(), *op.rest(p, "auto"))
+        torch.ops.tilewright.fused_linear.default, (x, *operands, *op.rest(p, "auto"))
     )
 
 
@@ -73,7 +73,7 @@ def test_opcheck_of_the_backward(case, wants):
     wants = [w and h for w, h in zip(wants, has, strict=True)]
     if not any(wants):
         return
-    rest = (*operands.astuple(), *op.rest(p, "auto"))
+    rest = (*operands, *op.rest(p, "auto"))
     _, hidden = torch.ops.tilewright.fused_linear(x, *rest)
     args = (inputs.dy, x, hidden, wants, *rest)
     torch.library.opcheck(torch.ops.tilewright.fused_linear_backward.default, args)

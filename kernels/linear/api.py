@@ -348,7 +348,8 @@ def _expect_whole(name: str, w: PackedWeight, x: torch.Tensor) -> None:
     if w.group_size < 1:
         raise ValueError(f"{name}: weight's group_size is {w.group_size}, need at least 1")
     for argument, t in w.tensors().items():
-        expect_device(name, x=x, **{f"weight's {argument}": t})
+        if t.device != x.device:
+            expect_device(name, x=x, **{f"weight's {argument}": t})
     blocks, lines = -(-w.out_features // ROWS), -(-w.in_features // inputs_of_a_line(w.format))
     _expect_like(name, "codes", w.codes, (torch.uint8,), (blocks, lines, 64))
     scale_types = (torch.float32, torch.float16, torch.bfloat16)
