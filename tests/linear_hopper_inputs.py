@@ -1,6 +1,5 @@
 """Packed weights, problems and stock results for the tests of the Hopper kernel."""
 
-
 import torch
 
 from tilewright.ops.common.packed import (
