@@ -51,7 +51,7 @@ def _packed(format: str, n_out: int, n_in: int):
     """The packed weight, and what it decodes to."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n_out, n_in, generator=generator) / n_in**0.5
-    formats = {
+    formats: dict[str, tilewright.Int4 | tilewright.Int8 | tilewright.NF4] = {
         "int4": tilewright.Int4(64, solver="minmax"),
         "nf4": tilewright.NF4(64),
         "int8": tilewright.Int8(),

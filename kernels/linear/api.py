@@ -71,8 +71,8 @@ def fused_linear(
         activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
         int8_activations=int8_activations,
     )  # fmt: skip
-    wants_out_scale = out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled()
-    if wants_out_scale:  # its gradient needs the base product by itself
+    if out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled():
+        # its gradient needs the base product by itself
         base = op.call_fused_linear(
             x2, o._replace(out_scale=None, down=None, up=None, dropout_seed=None),
             p._replace(rank=0, dropout_p=0.0, activation="none"), impl,
@@ -251,7 +251,7 @@ def _describe(
     )  # fmt: skip
     if x.dim() == 0:
         raise ValueError(f"{name}: x has shape (), need axes (..., I)")
-    n_out, n_in = weight.shape if packed is not None else _matrix(name, dense)
+    n_out, n_in = weight.shape if packed is not None else _matrix(name, weight)
     if x.shape[-1] != n_in:
         raise ValueError(
             f"{name}: x has shape {tuple(x.shape)}, need a last axis of I = {n_in} as in weight"

@@ -124,7 +124,9 @@ class _ReferenceImplementation:
             x64, bias, down, up = leaves
             low_rank |= {"down": down, "up": up}
             y, _ = reference.fused_linear(x64, cls._weight(p, o), bias, o.out_scale, **low_rank)
-            wanted = [t for t, wants_it in zip(leaves, wants, strict=True) if wants_it]
+            wanted = [
+                t for t, wants_it in zip(leaves, wants, strict=True) if wants_it and t is not None
+            ]
             grads = iter(torch.autograd.grad(y, wanted, dy.double()))
         like = (x, o.bias, o.down, o.up)
         return tuple(
