@@ -21,6 +21,7 @@ test: $(INSTALLED) $(ENCODER)
 bench: $(INSTALLED) $(ENCODER)
 	$(VENV)/bin/tilewright bench attention
 	$(VENV)/bin/tilewright bench encoder
+	$(VENV)/bin/tilewright bench linear
 	$(VENV)/bin/tilewright bench quant
 
 doctor: $(INSTALLED)

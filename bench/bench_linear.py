@@ -52,13 +52,18 @@ def _packed(format: str, n_out: int, n_in: int):
     """The packed weight, and what it decodes to."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n_out, n_in, generator=generator) / n_in**0.5
-    formats = {
+    formats: dict[str, tilewright.Int4 | tilewright.Int8 | tilewright.NF4] = {
         "int4": tilewright.Int4(64, solver="minmax"),
         "nf4": tilewright.NF4(64),
         "int8": tilewright.Int8(),
     }
     packed = tilewright.quantize_weight(weight, formats[format])
     return packed, tilewright.dequantize_weight(packed, torch.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def _packed_on(format: str, n_out: int, n_in: int, device: str):
+    return _packed(format, n_out, n_in)[0].to(device)
 
 
 def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
@@ -97,7 +102,7 @@ def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
 def _weight(case: dict, weight):
     if case["format"] == "dense":
         return weight
-    return _packed(case["format"], case["O"], case["I"])[0].to(weight.device)
+    return _packed_on(case["format"], case["O"], case["I"], str(weight.device))
 
 
 def ours(case: dict, x, weight, down=None, up=None, impl: str = "auto") -> torch.Tensor:

@@ -13,6 +13,7 @@ namespace py = pybind11;
 void register_attention(py::module_& m);
 void register_ceilings(py::module_& m);
 void register_linear(py::module_& m);
+void register_quant(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of tilewright";
@@ -37,4 +38,5 @@ PYBIND11_MODULE(_C, m) {
   register_attention(m);
   register_ceilings(m);
   register_linear(m);
+  register_quant(m);
 }

@@ -1,7 +1,5 @@
 """Packed weights, problems and stock results for the tests of the Hopper kernel."""
 
-from dataclasses import replace
-
 import torch
 
 from tilewright.ops.common.packed import (
@@ -46,7 +44,7 @@ def problem_of(x, weight, **rest) -> tuple[Operands, Problem]:
     )  # fmt: skip
     if weight.nested is not None:
         nested = weight.nested
-        o = replace(o, nested_table=nested.table, nested_absmax=nested.absmax)
+        o = o._replace(nested_table=nested.table, nested_absmax=nested.absmax)
         rest |= {"nested_offset": nested.offset, "nested_block": nested.block}
     rank = 0 if o.down is None else o.down.shape[0]
     p = Problem(

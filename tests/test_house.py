@@ -222,6 +222,7 @@ def test_files_that_are_compiled_per_level_include_no_cpp_library_header():
 LEVEL_CONDITION = re.compile(r"^\s*#\s*(?:if|elif|ifdef).*(?:__AVX|__SSE|TW_ISA_).*", re.MULTILINE)
 MAY_ASK_THE_LEVEL = {
     "csrc/common/vec.h": "holds what differs between levels",
+    "csrc/common/vec_codes.h": "the same for codes of packed weights",
     "csrc/common/matrix_unit.h": "the same for the one level with a matrix unit",
     "csrc/bench/ceilings_cpu.cpp": "measures one instruction that only one level has",
 }

@@ -39,7 +39,7 @@ def check(x, weight, **rest):
     on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in rest.items()}
     packed = weight.to("cuda")
     y = fused_linear(x.cuda(), packed, impl="cuda_hopper", **on_gpu)
-    moved = Operands(*(None if t is None else t.cuda() for t in o.astuple()))
+    moved = Operands(*(None if t is None else t.cuda() for t in o))
     assert_errs_at_most_twice_stock("y", y, stock(x.cuda(), packed, moved, p), truth)
     again = fused_linear(x.cuda(), packed, impl="cuda_hopper", **on_gpu)
     assert torch.equal(y, again), "a second run differs"

@@ -123,7 +123,7 @@ def launches_of(case: Case, capability, dtype=BFLOAT16, backward=False) -> list:
     if backward:
         like = (x, o.bias, o.down, o.up)
         gradients = [None if t is None else torch.empty_like(t) for t in like]
-        launches += triton_gpu.backward_launches(y, x, hidden, o, p, *gradients, capability)
+        launches += triton_gpu.backward_launches(y, x, hidden, o, p, gradients, capability)
     return launches
 
 

@@ -273,7 +273,7 @@ bool decode(const DecodeCall& call) {
   DecodeScratch<T> measure;
   const int64_t scratch_bytes = measure.lay_out(nullptr, heads, n_rows, widest, stages);
   const int64_t n_partials = call.batch * call.n_kv_heads * chunks;
-  const int64_t partial_bytes = round_up(n_partials * n_rows * int64_t{sizeof(Partial)}, 64);
+  const int64_t partial_bytes = round_up(n_partials * n_rows * int64_t{sizeof(Partial)}, kCacheLine);
   char* workspace = take_workspace(threads * scratch_bytes + partial_bytes +
                                    n_partials * out_floats * int64_t{sizeof(float)});
   if (!workspace) return false;

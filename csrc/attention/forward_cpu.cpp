@@ -40,7 +40,7 @@ struct ForwardShape {
         k_tile(int64_t{kTile} * qk.row),
         v_tile(int64_t{kTile} * v.lanes) {}
   int64_t packed_bytes(int64_t key_tiles) const {
-    return round_up(key_tiles * (k_tile + v_tile) * static_cast<int64_t>(sizeof(C)), 64);
+    return round_up(key_tiles * (k_tile + v_tile) * static_cast<int64_t>(sizeof(C)), kCacheLine);
   }
 };
 

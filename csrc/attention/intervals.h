@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/extents.h"
 #include "common/vec.h"
 
 namespace tw {
@@ -13,8 +14,6 @@ struct Interval {
   int64_t lo2, hi2;  // and [lo2, hi2); empty without wraparound
 };
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 inline Interval visible_keys(const Document& doc, const Rule& rule, int head, int64_t query) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/intervals.h"
+#include "common/arena.h"
 #include "common/by_dtype.h"
 #include "common/gemm_tile.h"
 
@@ -94,17 +95,6 @@ inline void store_transposed(const View& t, int64_t batch, int64_t row, int head
     }
   }
 }
-
-// Bump allocation from one block, every piece 64-byte aligned.
-struct Arena {
-  char* at;
-  template <class T>
-  T* take(int64_t n) {
-    T* piece = reinterpret_cast<T*>(at);
-    at += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-};
 
 }  // namespace
 }  // namespace tw

@@ -9,6 +9,7 @@
 // products of bf16 are its own.
 #pragma once
 
+#include "common/extents.h"
 #include "common/matrix_unit.h"
 #include "common/vec.h"
 
@@ -111,8 +112,6 @@ inline void gemm(int rows, int lanes, int depth, const C* a, int64_t lda, const 
       gemm_strip<C, 1, START>(rows, depth, a, lda, b + n * Unit<C>::kDepth, ldb, c + n, ldc, lane_scale + n);
   }
 }
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // One row of `n` elements at any stride -> contiguous C, zeros up to `padded`.
 template <class C, class T>

@@ -9,6 +9,7 @@ namespace tw {
 namespace {
 
 constexpr int kRowVectors = kLineRows / W;  // vectors of a line's rows
+constexpr double kSerialWeights = 3e4;      // to decode: below, a second thread costs more than it does
 
 // The scale or offset of sixteen rows, as kRowVectors vectors.
 struct RowValues {
@@ -118,11 +119,11 @@ inline void by_kind(Codes kind, const F& f) {
   }
 }
 
-// Inputs [k0, k0 + k) of row block `block`, scaled, as floats: to[(input - k0) * ld + row], 16 rows. k0 starts
-// a line; inputs up to the end of the last line are written.
+// Inputs [k0, k0 + k) of row block `block`, scaled, as floats: to[(input - k0) * ld + row], 16 rows. k0
+// starts a line; inputs up to the end of the last line are written.
 template <Codes KIND>
 inline void decode_lines(float* to, int64_t ld, const PackedWeight& w, int64_t block, int64_t k0, int k) {
-  constexpr int kInputs = KIND == Codes::table ? 8 : 4;
+  constexpr int kInputs = line_inputs(KIND);
   const Table table(w.table);
   const uint8_t* line = w.codes + (block * w.lines + k0 / kInputs) * kLineBytes;
   int64_t next_group = k0;  // the input from which another scale holds

@@ -7,6 +7,7 @@ namespace tw {
 
 constexpr int kLineRows = 16;   // output rows of a line of codes
 constexpr int kLineBytes = 64;  // four bytes for each
+constexpr int kTableCodes = 16;
 
 // How a code becomes a number: by a table of 16 (4-bit codes), or as a type of 8 bits.
 enum class Codes : int { table, int8, e4m3 };
@@ -14,7 +15,7 @@ enum class ScaleType : int { f32, f16, bf16, nested };
 
 struct PackedWeight {
   Codes kind;
-  float table[16];
+  float table[kTableCodes];
   const uint8_t* codes;  // (row blocks, lines, 64)
   int64_t lines;
   ScaleType scale_type;
@@ -29,6 +30,10 @@ struct PackedWeight {
   float nested_offset;
 };
 
-inline int line_inputs(Codes kind) { return kind == Codes::table ? 8 : 4; }
+namespace {
+
+constexpr int line_inputs(Codes kind) { return kind == Codes::table ? 8 : 4; }
+
+}  // namespace
 
 }  // namespace tw

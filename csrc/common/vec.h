@@ -1,5 +1,5 @@
-// One vector vocabulary for all CPU levels. The only file, beside matrix_unit.h, with #if on an instruction
-// set. The level amx defines TW_ISA_avx512_bf16 as well: it has everything of that level.
+// One vector vocabulary for all CPU levels. Beside matrix_unit.h and vec_codes.h the only file with #if on an
+// instruction set. The level amx defines TW_ISA_avx512_bf16 as well: it has everything of that level.
 //
 // Everything is in an unnamed namespace: each level's object files get private copies, so the linker can
 // never hand an AVX-512 copy of an inline function to the portable level.

@@ -163,7 +163,9 @@ struct ByteUnit<int8_t> {
 
   // the values of the low or high nibbles of all bytes, by a table of 16 signed bytes
   static vi low_nibbles(const int8_t* table, vi words) { return look_up(table, words); }
-  static vi high_nibbles(const int8_t* table, vi words) { return look_up(table, _mm512_srli_epi32(words, 4)); }
+  static vi high_nibbles(const int8_t* table, vi words) {
+    return look_up(table, _mm512_srli_epi32(words, 4));
+  }
   static vi look_up(const int8_t* table, vi words) {
     const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen),

@@ -1,5 +1,5 @@
-// Backward: dx = (dy out_scale) W + drop(dhidden down) panel by panel, and the gradients of the update and the
-// bias in one pass over dy.
+// Backward: dx = (dy out_scale) W + drop(dhidden down) panel by panel, and the gradients of the update and
+// the bias in one pass over dy.
 //
 //   dhidden[t][r] = scale f'(hidden[t][r]) sum_o dy[t][o] up[o][r]
 //   dup[r][o]     = scale sum_t hidden[t][r] dy[t][o]
@@ -13,8 +13,9 @@
 namespace tw {
 namespace {
 
-constexpr double kSerialFlops = 2e5;  // below, a second thread costs more than it does
-constexpr int64_t kMostSlabs = 16;
+constexpr int kOuter = kHasMatrixUnit ? 128 : 96;  // tokens that an outer product sums up; whole blocks
+constexpr int64_t kLineFloats = kCacheLine / 4;
+constexpr int64_t kMostSlabs = 8;
 constexpr int64_t kSlabBytes = int64_t{64} << 20;  // of all slabs' sums together, if several
 
 // The slabs of tokens that have sums of their own: a matter of the shape alone.
@@ -23,18 +24,18 @@ struct Slabs {
 
   Slabs(int64_t all_tokens, int64_t bytes_of_one) {
     const int64_t most_slabs = most(1, least(kMostSlabs, kSlabBytes / most(bytes_of_one, 1)));
-    tokens = round_up(most((all_tokens + most_slabs - 1) / most_slabs, 1), kBlock);
+    tokens = round_up(most((all_tokens + most_slabs - 1) / most_slabs, 1), kOuter);
     count = (all_tokens + tokens - 1) / tokens;
   }
 };
 
-// [row][t] of a block: the transpose of `rows` rows of `width` floats, ld apart, as a left side.
+// [row][t], kOuter apart: the transpose of `rows` tokens of `width` floats as a left side.
 template <class C>
-inline void transpose_block(C* to, const float* from, int64_t ld, int rows, int width, int width_padded) {
+inline void transpose_tokens(C* to, const float* from, int rows, int width, int width_padded) {
   const int padded = depth_of<C>(rows) * Unit<C>::kDepth;
   for (int r = 0; r < width_padded; ++r)
     for (int t = 0; t < padded; ++t)
-      to[r * kBlock + t] = from_float<C>(r < width && t < rows ? from[t * ld + r] : 0.0f);
+      to[r * kOuter + t] = from_float<C>(r < width && t < rows ? from[t * width + r] : 0.0f);
 }
 
 // One slab's sums, floats.
@@ -47,26 +48,21 @@ struct SlabScratch {
   C *left, *strip, *turned;
   float *sums, *small;
 
-  int64_t lay_out(char* at, const Rank<C>& rank) {
-    char* const begin = at;
-    const auto take = [&](int64_t bytes) {
-      char* here = at;
-      at += round_up(bytes, 64);
-      return here;
-    };
-    left = reinterpret_cast<C*>(take(kBlock * kLeftRow * static_cast<int64_t>(sizeof(C))));
-    strip = reinterpret_cast<C*>(take(kStrip<C> * int64_t{kBlock} * static_cast<int64_t>(sizeof(C))));
-    turned = reinterpret_cast<C*>(take(rank.rows * int64_t{kBlock} * static_cast<int64_t>(sizeof(C))));
-    sums = reinterpret_cast<float*>(take(int64_t{kBlock} * most(rank.lanes, 1) * 4));
-    small = reinterpret_cast<float*>(take(int64_t{kBlock} * most(rank.r, 1) * 4));
-    return at - begin;
+  int64_t lay_out(char* base, const Rank<C>& rank) {
+    Arena arena{base};
+    left = arena.take<C>(kOuter * kLeftRow);
+    strip = arena.take<C>(kStrip<C> * int64_t{kOuter});
+    turned = arena.take<C>(rank.rows * int64_t{kOuter});
+    sums = arena.take<float>(int64_t{kBlock} * most(rank.lanes, 1));
+    small = arena.take<float>(int64_t{kOuter} * most(rank.r, 1));
+    return arena.at - base;
   }
 };
 
-// sums[r][n] += sum over a block's tokens of turned[r][t] values[t][n], where `left` packs the values.
+// sums[r][n] (+)= sum over up to kOuter tokens of turned[r][t] values[t][n]; the first ones set the sums.
 template <class T, class C>
 inline void add_outer(float* sums, int64_t ld, const Rank<C>& rank, const Tokens<T, C>& values, int64_t width,
-                      int64_t t0, int rows, const SlabScratch<C>& scratch) {
+                      int64_t t0, int rows, bool is_first, const SlabScratch<C>& scratch) {
   for (int64_t n0 = 0; n0 < width; n0 += kChunk) {
     const int n = static_cast<int>(least(kChunk, width - n0));
     values.fill(scratch.left, t0, rows, n0, n);
@@ -74,8 +70,12 @@ inline void add_outer(float* sums, int64_t ld, const Rank<C>& rank, const Tokens
     for (int s = 0; s < n; s += kStrip<C>) {
       lanes.build({scratch.strip, 0, nullptr}, s, 1, 0, rows);
       const int used = static_cast<int>(least(kStrip<C>, round_up(n - s, W)));
-      gemm<C, Start::add_to>(rank.rows, used, depth_of<C>(rows), scratch.turned, kBlock, scratch.strip,
+      if (is_first)
+        gemm<C, Start::zero>(rank.rows, used, depth_of<C>(rows), scratch.turned, kOuter, scratch.strip,
                              kStrip<C>, sums + n0 + s, ld);
+      else
+        gemm<C, Start::add_to>(rank.rows, used, depth_of<C>(rows), scratch.turned, kOuter, scratch.strip,
+                               kStrip<C>, sums + n0 + s, ld);
     }
   }
 }
@@ -93,57 +93,59 @@ struct Backward {
   int64_t dup_floats() const { return call.dup ? rank.rows * dup_row : 0; }
   int64_t ddown_floats() const { return call.ddown ? rank.rows * ddown_row : 0; }
   int64_t slab_floats() const {
-    return dup_floats() + ddown_floats() + (call.dbias ? round_up(f.out_features, 16) : 0);
+    return dup_floats() + ddown_floats() + (call.dbias ? round_up(f.out_features, kLineFloats) : 0);
   }
-  SlabSums sums_at(float* at) const {
-    return {at, at + dup_floats(), at + dup_floats() + ddown_floats()};
-  }
+  SlabSums sums_at(float* at) const { return {at, at + dup_floats(), at + dup_floats() + ddown_floats()}; }
 
   float scale_of(int r) const { return f.column_scales ? f.column_scales[r] : f.scale; }
 
   void slab(int64_t begin, int64_t end, const SlabSums& sums, const SlabScratch<C>& scratch) const {
     const Tokens<T, C> dy{call.dy};
     const Tokens<T, C> dropped{f.x, nullptr, &f};
-    for (int64_t t0 = begin; t0 < end; t0 += kBlock) {
-      const int rows = static_cast<int>(least(kBlock, end - t0));
+    for (int64_t t0 = begin; t0 < end; t0 += kOuter) {
+      const int rows = static_cast<int>(least(kOuter, end - t0));
+      const bool is_first = t0 == begin;
       if (wants_dhidden) {
-        narrow_product(scratch.sums, dy, up, f.out_features, t0, rows, scratch.left);
-        settle(t0, rows, scratch);
+        for (int at = 0; at < rows; at += kBlock) {
+          const int some = static_cast<int>(least(kBlock, rows - at));
+          narrow_product(scratch.sums, dy, up, f.out_features, t0 + at, some, scratch.left);
+          settle(t0 + at, some, scratch.sums, scratch.small + at * rank.r);
+        }
         if (call.ddown) {
-          transpose_block(scratch.turned, scratch.small, rank.r, rows, rank.r, rank.rows);
-          add_outer(sums.ddown, ddown_row, rank, dropped, f.in_features, t0, rows, scratch);
+          transpose_tokens(scratch.turned, scratch.small, rows, rank.r, rank.rows);
+          add_outer(sums.ddown, ddown_row, rank, dropped, f.in_features, t0, rows, is_first, scratch);
         }
       }
       if (call.dup) {
         for (int i = 0; i < rows; ++i)
           for (int r = 0; r < rank.r; ++r)
             scratch.small[i * rank.r + r] = to_float(*row_at<T>(f.hidden, t0 + i, r));
-        transpose_block(scratch.turned, scratch.small, rank.r, rows, rank.r, rank.rows);
-        add_outer(sums.dup, dup_row, rank, dy, f.out_features, t0, rows, scratch);
+        transpose_tokens(scratch.turned, scratch.small, rows, rank.r, rank.rows);
+        add_outer(sums.dup, dup_row, rank, dy, f.out_features, t0, rows, is_first, scratch);
       }
-      if (call.dbias) add_columns(sums.dbias, t0, rows);
+      if (call.dbias) add_columns(sums.dbias, t0, rows, is_first);
     }
   }
 
-  // dhidden of a block from its sums, in float in scratch.small and rounded in `kept`
-  void settle(int64_t t0, int rows, const SlabScratch<C>& scratch) const {
+  // dhidden of a block from its sums, in float in `exact` (rows of the rank) and rounded in `kept`
+  void settle(int64_t t0, int rows, const float* sums, float* exact) const {
     for (int i = 0; i < rows; ++i) {
       C* row = kept + (t0 + i) * rank.row;
       for (int r = 0; r < rank.r; ++r) {
-        float d = scratch.sums[i * rank.lanes + r] * scale_of(r);
+        float d = sums[i * rank.lanes + r] * scale_of(r);
         if (f.relu && !(to_float(*row_at<T>(f.hidden, t0 + i, r)) > 0.0f)) d = 0.0f;
         if (f.row_adapters && column_factor(f, t0 + i, r) == 0.0f) d = 0.0f;
         row[r] = from_float<C>(d);
-        scratch.small[i * rank.r + r] = d;
+        exact[i * rank.r + r] = d;
       }
       for (int r = rank.r; r < rank.row; ++r) row[r] = from_float<C>(0.0f);
     }
   }
 
-  void add_columns(float* sums, int64_t t0, int rows) const {
+  void add_columns(float* sums, int64_t t0, int rows, bool is_first) const {
     for (int64_t o = 0; o < f.out_features; o += W) {
       const int some = static_cast<int>(least(W, f.out_features - o));
-      vf sum = load_n(sums + o, some);
+      vf sum = is_first ? zero() : load_n(sums + o, some);
       for (int i = 0; i < rows; ++i) {
         const T* at = row_at<T>(call.dy, t0 + i, o);
         vf dy = some == W ? load(at) : load_n(at, some);
@@ -189,8 +191,7 @@ struct Backward {
         gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + t0 * rank.row, rank.row,
                              scratch.update + s * rank.row, kStrip<C>, scratch.tile, kStrip<C>);
         if (f.dropout_p > 0)
-          for (int r = 0; r < rows; ++r)
-            drop_row(scratch.tile + r * kStrip<C>, f, t0 + r, n0 + s, used);
+          for (int r = 0; r < rows; ++r) drop_row(scratch.tile + r * kStrip<C>, f, t0 + r, n0 + s, used);
       }
       for (int r = 0; r < rows; ++r)
         for (int n = 0; n < used; n += W) {
@@ -220,16 +221,15 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
 
   const int64_t up_bytes = b.wants_dhidden ? b.up.bytes(f.out_features) : 0;
   const int64_t kept_rows = round_up(f.tokens, kBlock) + kBlock;
-  const int64_t kept_bytes = round_up(kept_rows * b.rank.row * static_cast<int64_t>(sizeof(C)), 64);
-  const int64_t sums_bytes = has_sums ? round_up(most(slabs.count, 1) * b.slab_floats() * 4, 64) : 0;
+  const int64_t kept_bytes = round_up(kept_rows * b.rank.row * static_cast<int64_t>(sizeof(C)), kCacheLine);
+  const int64_t sums_bytes = has_sums ? round_up(most(slabs.count, 1) * b.slab_floats() * 4, kCacheLine) : 0;
   PanelScratch<C> measure;
   SlabScratch<C> measure_slab;
   const int64_t scratch_bytes =
       most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
   PackedLeft<C> left = PackedLeft<C>::measure(f.tokens);
   const int64_t left_bytes = call.dx.data ? left.bytes(f.out_features) : 0;
-  char* workspace =
-      take_workspace(up_bytes + kept_bytes + sums_bytes + left_bytes + threads * scratch_bytes);
+  char* workspace = take_workspace(up_bytes + kept_bytes + sums_bytes + left_bytes + threads * scratch_bytes);
   if (!workspace) return false;
   left.data = reinterpret_cast<C*>(workspace + up_bytes + kept_bytes + sums_bytes);
   b.up.data = reinterpret_cast<C*>(workspace);
@@ -255,7 +255,6 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
     if (b.wants_dhidden || has_sums) {
       for (int64_t slab; (slab = take_next(&slabs_taken)) < slabs.count;) {
         float* at = sums + slab * b.slab_floats();
-        memset(at, 0, static_cast<size_t>(b.slab_floats()) * 4);
         b.slab(slab * slabs.tokens, least((slab + 1) * slabs.tokens, f.tokens), b.sums_at(at), slab_scratch);
       }
       team.barrier();
@@ -274,8 +273,8 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
         for (int64_t r0 = 0; r0 < f.rank; r0 += kChunk)
           down_lanes.build({scratch.update + r0 * kStrip<C>, int64_t{b.rank.row} * kStrip<C>, nullptr}, n0,
                            strips, r0, static_cast<int>(least(kChunk, f.rank - r0)));
-        panel_product(left, right, f.out_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes, scratch,
-                      [&](const float* block, int64_t t, int rows) {
+        panel_product(left, right, f.out_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes,
+                      scratch, [&](const float* block, int64_t t, int rows) {
                         b.finish_block(block, begin + t, rows, n0, lanes, scratch);
                       });
       }

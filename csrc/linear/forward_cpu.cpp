@@ -5,8 +5,6 @@
 namespace tw {
 namespace {
 
-constexpr double kSerialFlops = 2e5;  // below, a second thread costs more than it does
-
 // y of a block from its base sums and, in `tile`, the update's. The block is at token t0 of those packed,
 // which begin at `begin`.
 template <class T, class C>
@@ -49,11 +47,11 @@ bool forward(const LinearCall& call, const Right& right) {
   PackedLeft<C> left = PackedLeft<C>::measure(call.tokens);
   const int64_t down_bytes = rank.r ? down.bytes(call.in_features) : 0;
   const int64_t left_bytes = left.bytes(call.in_features);
-  const int64_t kept_bytes = round_up(left.tokens * rank.row * static_cast<int64_t>(sizeof(C)), 64);
+  const int64_t kept_bytes = round_up(left.tokens * rank.row * static_cast<int64_t>(sizeof(C)), kCacheLine);
   const int64_t dropped_bytes =
       call.dropout_p > 0 || call.int8_activations ? kBlock * kLeftRow * static_cast<int64_t>(sizeof(C)) : 0;
-  const int64_t narrow_bytes = dropped_bytes + round_up(int64_t{kBlock} * down.lanes * 4, 64);
-  const int64_t scales_bytes = call.int8_activations ? round_up(call.tokens * 4, 64) : 0;
+  const int64_t narrow_bytes = dropped_bytes + round_up(int64_t{kBlock} * down.lanes * 4, kCacheLine);
+  const int64_t scales_bytes = call.int8_activations ? round_up(call.tokens * 4, kCacheLine) : 0;
   PanelScratch<C> measure;
   const int64_t scratch_bytes = measure.lay_out(nullptr, rank.row);
   const int64_t shared_bytes = down_bytes + left_bytes + kept_bytes + scales_bytes;
@@ -110,7 +108,8 @@ bool forward(const LinearCall& call, const Right& right) {
                         strips, r0, static_cast<int>(least(kChunk, rank.r - r0)));
         panel_product(left, right, call.in_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes,
                       scratch, [&](const float* sums, int64_t t, int rows) {
-                        finish_block<T>(call, rank, kept, sums, row_scales, begin, t, rows, n0, lanes, scratch);
+                        finish_block<T>(call, rank, kept, sums, row_scales, begin, t, rows, n0, lanes,
+                                        scratch);
                       });
       }
       team.barrier();

@@ -1,39 +1,37 @@
 // Forward for many tokens with activations of 8 bits: whole numbers times whole numbers, 32-bit sums, and a
 // scale for each group of inputs.
 //
-//   y[t][o] = row_scale[t] sum_g ( scale[o][g] sum_{k in g} a[t][k] q[o][k]  +  offset[o][g] sum_{k in g} a[t][k] )
+//   y[t][o] = row_scale[t] sum_g sum_{k in g} (scale[o][g] a[t][k] q[o][k] + offset[o][g] a[t][k])
 //
 // The vector instruction takes one unsigned operand: a + 128, and 128 sum q is taken off again where the sum
-// starts. The matrix unit takes both signed. The low-rank update is forward_cpu.cpp's, added to y.
+// starts. The matrix unit takes both signed. A call with a low-rank update is left to forward_cpu.cpp, which
+// multiplies the same rounded tokens as it does others.
 #include "common/by_dtype.h"
 #include "common/packed_lines.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "linear/eight_bits.h"
+#include "linear/panel_extents.h"
 
 namespace tw {
 namespace {
 
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-constexpr int kChunk = 512;                                   // inputs of a panel
-constexpr int kStrip = kHasMatrixUnit ? 2 * kUnitTile : 64;   // lanes of a strip
-constexpr int kPanelLanes = kHasMatrixUnit ? 512 : 256;
-constexpr int kBlock = kHasMatrixUnit ? 32 : 48;              // tokens
-constexpr int kTokensOfItem = 512;
-constexpr int64_t kTokensAtOnce = 1024;
-constexpr int64_t kLeftRow = kChunk + 64;    // bytes: rows of a block start in different cache sets
-constexpr int64_t kSumsRow = kPanelLanes + 16;
-constexpr int kMostSegments = kChunk / 8;    // of a chunk, each with scales of its own
-constexpr int kRows = 6;                     // of the vector kernel
-constexpr int64_t kLeastUnitGroup = 256;     // below, converting the unit's sums costs more than it saves
+constexpr int kDot = 4;                        // inputs that one 32-bit sum takes at once
+constexpr int kUnitInputs = kDot * kUnitTile;  // of a tile of the matrix unit
+constexpr int kVectors = 4;                    // of a vector kernel's strip
+constexpr int kStrip = kHasMatrixUnit ? 2 * kUnitTile : kVectors * W;  // lanes
+constexpr int64_t kLeftRow = kChunk + 64;            // bytes: rows of a block start in different cache sets
+constexpr int kLeastGroup = 8;                       // inputs, if there are several groups
+constexpr int kMostSegments = kChunk / kLeastGroup;  // of a chunk, each with scales of its own
+constexpr int kRows = 6;                             // of the vector kernel
+constexpr int64_t kLeastUnitGroup = 256;  // below, converting the unit's sums costs more than it saves
 
 // A panel of q: strips of [input / 4][lane][4] bytes, and what belongs to each segment of inputs.
 struct BytePanel {
   int8_t* bytes;
-  float *scales, *offsets;  // (segment, lane)
-  int32_t* starts;          // (segment, lane): -128 times the segment's sum of q
-  int ends[kMostSegments];  // of the segments, inputs of the chunk, whole lines
+  float *scales, *offsets;     // (segment, lane)
+  int32_t* starts;             // (segment, lane): -128 times the segment's sum of q
+  int ends[kMostSegments];     // of the segments, inputs of the chunk, whole lines
   bool closes[kMostSegments];  // whether a segment is its group's last
   int segments;
 };
@@ -52,8 +50,8 @@ struct Int8 {
   const PackedWeight& w = call.packed;
   const bool in_nibbles = w.kind == Codes::table;
   const int inputs = line_inputs(w.kind);
-  int8_t table[16];  // codes as whole numbers
-  float unit;        // that they are multiples of
+  int8_t table[kTableCodes];  // codes as whole numbers
+  float unit;                 // that they are multiples of
 
   explicit Int8(const LinearCall& c) : call(c) {
     float most_value = 0.0f;
@@ -64,7 +62,7 @@ struct Int8 {
       whole = whole && v == static_cast<float>(static_cast<int>(v));
     }
     unit = whole || !in_nibbles ? 1.0f : most_value / kMostCode;
-    for (int i = 0; i < 16 && in_nibbles; ++i) {
+    for (int i = 0; i < kTableCodes && in_nibbles; ++i) {
       const float q = w.table[i] / unit;
       table[i] = static_cast<int8_t>(q < 0 ? q - 0.5f : q + 0.5f);
     }
@@ -76,10 +74,10 @@ struct Int8 {
     panel.segments = 0;
     for (int at = 0; at < k;) {
       const int64_t group = group_of(w, k0 + at);
-      const int64_t end = w.groups == 1 ? call.in_features : least((group + 1) * w.group_size, call.in_features);
+      const int64_t end =
+          w.groups == 1 ? call.in_features : least((group + 1) * w.group_size, call.in_features);
       const int to = static_cast<int>(least(k, end - k0));
-      for (int n = 0; n < strips * kStrip; n += kLineRows)
-        segment(panel, n0, n, k0, at, to, group);
+      for (int n = 0; n < strips * kStrip; n += kLineRows) segment(panel, n0, n, k0, at, to, group);
       panel.closes[panel.segments] = k0 + to == end;
       panel.ends[panel.segments++] = static_cast<int>(round_up(to, inputs));
       at = to;
@@ -88,11 +86,11 @@ struct Int8 {
 
   // Sixteen rows of one segment, inputs [from, to) of the chunk.
   void segment(const BytePanel& panel, int64_t n0, int n, int64_t k0, int from, int to, int64_t group) const {
-    int8_t* strip = panel.bytes + static_cast<int64_t>(n / kStrip) * kStrip * kChunk + n % kStrip * 4;
+    int8_t* strip = panel.bytes + static_cast<int64_t>(n / kStrip) * kStrip * kChunk + n % kStrip * kDot;
     const int64_t slot = static_cast<int64_t>(panel.segments) * kPanelLanes + n;
-    const int padded = static_cast<int>(round_up(to, 64));  // whole tiles of the matrix unit
+    const int padded = static_cast<int>(round_up(to, kUnitInputs));
     if (n0 + n >= call.out_features) {
-      for (int i = from; i < padded; i += 4) U::store(strip + i * kStrip, U::none());
+      for (int i = from; i < padded; i += kDot) U::store(strip + i * kStrip, U::none());
       store(panel.scales + slot, zero());
       if (w.offsets) store(panel.offsets + slot, zero());
       U::store(panel.starts + slot, U::none());
@@ -109,14 +107,14 @@ struct Int8 {
       if (in_nibbles) {
         const vi low = U::low_nibbles(table, words), high = U::high_nibbles(table, words);
         U::store(strip + i * kStrip, low);
-        U::store(strip + (i + 4) * kStrip, high);
+        U::store(strip + (i + kDot) * kStrip, high);
         start = U::less_128_times(U::less_128_times(start, low), high);
       } else {
         U::store(strip + i * kStrip, words);
         start = U::less_128_times(start, words);
       }
     }
-    for (; i < padded; i += 4) U::store(strip + i * kStrip, U::none());
+    for (; i < padded; i += kDot) U::store(strip + i * kStrip, U::none());
     U::store(panel.starts + slot, start);
     store(panel.scales + slot, mul(scales_of(w, block, group).v[0], set1(unit)));
     if (w.offsets) store(panel.offsets + slot, offsets_of(w, block, group).v[0]);
@@ -129,13 +127,14 @@ struct Int8 {
     const T* x = static_cast<const T*>(call.x.data) + t * call.x.row;
     const int64_t n = call.in_features;
     const int bias = kHasMatrixUnit ? 0 : 128;
-    for (int64_t i = 0; i < round_up(n, 64); i += W) {
+    for (int64_t i = 0; i < round_up(n, kUnitInputs); i += W) {
       vf codes = zero();
       if (i + W <= n)
         codes = eight_bit_code(load(x + i), scale);
       else if (i < n)
         codes = eight_bit_code(load_n(x + i, static_cast<int>(n - i)), scale);
-      U::store_codes(to.bytes + (i / kChunk * to.tokens + at) * kLeftRow + i % kChunk, codes, bias, in_nibbles);
+      U::store_codes(to.bytes + (i / kChunk * to.tokens + at) * kLeftRow + i % kChunk, codes, bias,
+                     in_nibbles);
     }
     for (int64_t group = 0; w.offsets && group < w.groups; ++group) {
       const int64_t begin = group * w.group_size, end = w.groups == 1 ? n : least(begin + w.group_size, n);
@@ -152,7 +151,6 @@ struct Int8 {
   template <int ROWS>
   void vector_product(const BytePanel& panel, int s, const uint8_t* a, const float* group_sums, bool first,
                       float* sums) const {
-    constexpr int kVectors = 64 / W;
     const int8_t* b = panel.bytes + static_cast<int64_t>(s) * kStrip * kChunk;
     int from = 0;
     for (int g = 0; g < panel.segments; ++g) {
@@ -164,10 +162,10 @@ struct Int8 {
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r) acc[r][v] = start;
       }
-      for (int k = from; k < panel.ends[g]; k += 4) {
+      for (int k = from; k < panel.ends[g]; k += kDot) {
         vi lanes[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) lanes[v] = U::load(b + k * kStrip + v * 64);
+        for (int v = 0; v < kVectors; ++v) lanes[v] = U::load(b + k * kStrip + v * W * kDot);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r) {
           const vi four = U::broadcast(a + r * kLeftRow + k);
@@ -190,7 +188,8 @@ struct Int8 {
     }
   }
 
-  void add_offsets(const BytePanel& panel, int64_t slot, const float* group_sums, int rows, float* sums) const {
+  void add_offsets(const BytePanel& panel, int64_t slot, const float* group_sums, int rows,
+                   float* sums) const {
     for (int n = 0; n < kStrip; n += W) {
       const vf offset = load(panel.offsets + slot + n);
       for (int r = 0; r < rows; ++r) {
@@ -209,9 +208,9 @@ struct Int8 {
     for (int g = 0; g < panel.segments; ++g) {
       const int64_t slot = static_cast<int64_t>(g) * kPanelLanes + s * kStrip;
       if constexpr (kHasMatrixUnit)
-        unit_byte_product<2, 2>(static_cast<int>(round_up(panel.ends[g] - from, 64)) / 4,
-                                reinterpret_cast<const int8_t*>(a) + from, kLeftRow, b + from * kStrip, kStrip,
-                                whole, 2 * kUnitTile);
+        unit_byte_product<2, 2>(static_cast<int>(round_up(panel.ends[g] - from, kUnitInputs)) / kDot,
+                                reinterpret_cast<const int8_t*>(a) + from, kLeftRow, b + from * kStrip,
+                                kStrip, whole, 2 * kUnitTile);
       for (int n = 0; n < kStrip; n += W) {
         const vf scale = load(panel.scales + slot + n);
         for (int r = 0; r < kBlock; ++r) {
@@ -225,16 +224,15 @@ struct Int8 {
     }
   }
 
-  void block_product(const BytePanel& panel, int strips, const uint8_t* a, const float* group_sums, bool first,
-                     float* sums) const {
+  void block_product(const BytePanel& panel, int strips, const uint8_t* a, const float* group_sums,
+                     bool first, float* sums) const {
     for (int s = 0; s < strips; ++s)
       if constexpr (kHasMatrixUnit)
         unit_product_of(panel, s, a, group_sums, first, sums + s * kStrip);
       else
         for (int r = 0; r < kBlock; r += kRows)
-          vector_product<kRows>(panel, s, a + r * kLeftRow,
-                                group_sums ? group_sums + r * w.groups : nullptr, first,
-                                sums + r * kSumsRow + s * kStrip);
+          vector_product<kRows>(panel, s, a + r * kLeftRow, group_sums ? group_sums + r * w.groups : nullptr,
+                                first, sums + r * kSumsRow + s * kStrip);
   }
 
   template <class T>
@@ -259,8 +257,8 @@ bool int8_forward(const LinearCall& call) {
   const int64_t chunks = (call.in_features + kChunk - 1) / kChunk;
   const int64_t panels = (call.out_features + kPanelLanes - 1) / kPanelLanes;
   const int64_t left_bytes = chunks * tokens * kLeftRow;
-  const int64_t scales_bytes = round_up(call.tokens * 4, 64);
-  const int64_t sums_bytes = w.offsets ? round_up(tokens * w.groups * 4, 64) : 0;
+  const int64_t scales_bytes = round_up(call.tokens * 4, kCacheLine);
+  const int64_t sums_bytes = w.offsets ? round_up(tokens * w.groups * 4, kCacheLine) : 0;
   constexpr int64_t kPanelBytes = int64_t{kPanelLanes} * kChunk;
   constexpr int64_t kSlotBytes = int64_t{kPanelLanes} * kMostSegments * 4;
   constexpr int64_t kScratchBytes = kPanelBytes + 3 * kSlotBytes + (kTokensOfItem + kBlock) * kSumsRow * 4;
@@ -327,9 +325,10 @@ namespace TW_ISA {
 bool linear_int8(const LinearCall& call, bool* fits) {
   return by_dtype(call.dtype, [&](auto x) {
     using T = decltype(x);
-    if constexpr (kHasByteDot && sizeof(T) > 0) {
+    if constexpr (kHasByteDot && sizeof(T) > 0) {  // dependent: other levels have no ByteUnit to compile
       const int64_t group = call.packed.group_size;
-      const bool long_groups = call.packed.groups == 1 || (group >= kLeastUnitGroup && group % 64 == 0);
+      const bool long_groups =
+          call.packed.groups == 1 || (group >= kLeastUnitGroup && group % kUnitInputs == 0);
       *fits = call.in_features > 0 && call.rank == 0 && (!kHasMatrixUnit || long_groups);
       return !*fits || int8_forward<T, int8_t>(call);
     } else {

@@ -20,17 +20,17 @@ Isa isa_for(DType dtype) {
 }  // namespace
 
 #if defined(TW_BUILT_X86_LEVELS)
-#define TW_AT_LEVEL(dtype, function, ...)      \
-  switch (isa_for(dtype)) {                    \
-    case Isa::amx:                             \
+#define TW_AT_LEVEL(dtype, function, ...)        \
+  switch (isa_for(dtype)) {                      \
+    case Isa::amx:                               \
       return amx::function(__VA_ARGS__);         \
-    case Isa::avx512_bf16:                     \
+    case Isa::avx512_bf16:                       \
       return avx512_bf16::function(__VA_ARGS__); \
-    case Isa::avx512:                          \
+    case Isa::avx512:                            \
       return avx512::function(__VA_ARGS__);      \
-    case Isa::avx2:                            \
+    case Isa::avx2:                              \
       return avx2::function(__VA_ARGS__);        \
-    default:                                   \
+    default:                                     \
       return portable::function(__VA_ARGS__);    \
   }
 #else

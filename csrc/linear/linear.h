@@ -20,9 +20,9 @@ struct Rows {
 struct LinearCall {
   DType dtype;  // of x, y, weight, down, up and hidden
   int64_t tokens, in_features, out_features;
-  int rank;             // 0: no low-rank update
-  Rows x, y;            // (T, I), (T, O)
-  Rows weight;          // (O, I); data is nullptr where `packed` holds
+  int rank;     // 0: no low-rank update
+  Rows x, y;    // (T, I), (T, O)
+  Rows weight;  // (O, I); data is nullptr where `packed` holds
   PackedWeight packed;
   const float* bias;       // (O), or nullptr
   const float* out_scale;  // (O), or nullptr
@@ -35,7 +35,7 @@ struct LinearCall {
   const float* column_scales;      // (R), or nullptr; instead of scale
   float dropout_p;
   uint64_t dropout_seed;
-  // the base product reads x rounded to 8 bits; of a packed weight whose table holds whole numbers
+  // the base product reads x rounded to 8 bits; of an int8 weight or a table of multiples of one number
   bool int8_activations;
   const int32_t* input_order;  // (I): which input of the dropout's numbering each column is, or nullptr
   int threads;
@@ -55,13 +55,14 @@ struct LinearBackwardCall {
 bool linear_forward(const LinearCall& call);
 bool linear_backward(const LinearBackwardCall& call);
 
-// linear_rows is for a few tokens; linear_int8 says whether the call is one for it, and does nothing if not.
-#define TW_LINEAR_KERNELS(level)                         \
-  namespace level {                                      \
-  bool linear_forward(const LinearCall& call);           \
-  bool linear_rows(const LinearCall& call);              \
-  bool linear_int8(const LinearCall& call, bool* fits);  \
-  bool linear_backward(const LinearBackwardCall& call);  \
+// linear_rows is for a few tokens and no dropout; linear_int8 says whether the call is one for it, and does
+// nothing if not.
+#define TW_LINEAR_KERNELS(level)                        \
+  namespace level {                                     \
+  bool linear_forward(const LinearCall& call);          \
+  bool linear_rows(const LinearCall& call);             \
+  bool linear_int8(const LinearCall& call, bool* fits); \
+  bool linear_backward(const LinearBackwardCall& call); \
   }
 TW_LINEAR_KERNELS(portable)
 TW_LINEAR_KERNELS(avx2)

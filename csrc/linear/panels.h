@@ -2,37 +2,28 @@
 //
 //   C[t][n] (float)  =  sum_k A[t][k] B[k][n]
 //
-// A panel is kPanelLanes lanes n of B over kChunk of depth, packed as gemm_tile.h reads it in strips of kStrip
-// lanes; it stays in the second-level cache while blocks of tokens pass by. Depth is cut at the same places
-// whatever the number of tokens and threads, so that a sum's order does not depend on them.
+// A panel of B is packed as gemm_tile.h reads it, in strips of kStrip lanes.
 #pragma once
 
+#include "common/arena.h"
 #include "common/gemm_tile.h"
 #include "common/packed_lines.h"
 #include "common/philox.h"
 #include "linear/eight_bits.h"
+#include "linear/panel_extents.h"
 
 namespace tw {
 namespace {
 
-constexpr int kChunk = 512;       // depth of a panel, elements
-constexpr int kPanelLanes = kHasMatrixUnit ? 512 : 256;
-constexpr int kTokensOfItem = 512;
-constexpr int64_t kTokensAtOnce = 1024;  // whose left side is packed ahead; a multiple of kTokensOfItem
+constexpr double kSerialFlops = 2e5;  // below, a second thread costs more than it does
 
 // lanes of a strip: what the microkernel takes at once, and at least a row block of a packed weight
 template <class C>
-constexpr int kStrip = kHasMatrixUnit && sizeof(C) == 2   ? 2 * kUnitTile
+constexpr int kStrip = kHasMatrixUnit && sizeof(C) == 2 ? 2 * kUnitTile
                        : kMicroVectors * W >= kLineRows ? kMicroVectors * W
                                                         : kLineRows;
-// tokens of a block
-constexpr int kBlock = kHasMatrixUnit ? 32 : 48;
 
-constexpr int64_t kSumsRow = kPanelLanes + 16;  // floats, for the same reason
 constexpr int64_t kLeftRow = kChunk + 32;  // elements: rows of a block start in different cache sets
-
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class C>
 inline int depth_of(int64_t k) {  // units, padded
@@ -104,8 +95,8 @@ struct Tokens {
   }
 };
 
-// Tokens packed ahead, for all panels: [chunk of depth][token][kLeftRow]. Read row by row where they lie, they
-// would be copied once a panel.
+// Tokens packed ahead, for all panels: [chunk of depth][token][kLeftRow]. Read row by row where they lie,
+// they would be copied once a panel.
 template <class C>
 struct PackedLeft {
   C* data;
@@ -115,7 +106,8 @@ struct PackedLeft {
     return {nullptr, round_up(least(tokens, kTokensAtOnce), kBlock)};
   }
   int64_t bytes(int64_t depth) const {
-    return round_up((depth + kChunk - 1) / kChunk * tokens * kLeftRow * static_cast<int64_t>(sizeof(C)), 64);
+    return round_up((depth + kChunk - 1) / kChunk * tokens * kLeftRow * static_cast<int64_t>(sizeof(C)),
+                    kCacheLine);
   }
   C* block(int64_t k0, int64_t token) const { return data + (k0 / kChunk * tokens + token) * kLeftRow; }
 };
@@ -203,7 +195,8 @@ struct LanesAreColumns {
     const int columns = static_cast<int>(most(0, least(strips * kStrip<C>, n_columns - n0)));
     for (int d = 0; d < width; d += kDepth) {
       for (int i = 0; i < kDepth; ++i)
-        if (k0 + d + i + kRowsAhead < n_rows) prefetch_row(row_at<T>(rows, k0 + d + i + kRowsAhead, n0), columns);
+        if (k0 + d + i + kRowsAhead < n_rows)
+          prefetch_row(row_at<T>(rows, k0 + d + i + kRowsAhead, n0), columns);
       for (int s = 0; s < strips; ++s) {
         C* to = room.strip(s) + static_cast<int64_t>(d) * kStrip<C>;
         for (int n = 0; n < kStrip<C>; n += W) {
@@ -242,7 +235,7 @@ struct PackedLanesAreRows {
   }
 
   void sixteen(C* strip, int64_t n, int64_t k0, int k) const {
-    constexpr int kInputs = KIND == Codes::table ? 8 : 4;
+    constexpr int kInputs = line_inputs(KIND);
     const int width = depth_of<C>(k) * Unit<C>::kDepth;
     const Table table(w.table);
     int done = 0;
@@ -313,6 +306,9 @@ struct PackedLanesAreColumns {
     if (rows > 0 && columns > 0) {
       decode_lines<KIND>(values, kLineRows, w, row / kLineRows, n, columns);
       fill_zero(values + columns * kLineRows, (kStrip<C> - columns) * kLineRows);
+      // nested scales say something of rows past the last, and NaN times the left side's zeros is NaN
+      for (int c = 0; rows < kLineRows && c < columns; ++c)
+        fill_zero(values + c * kLineRows + rows, kLineRows - rows);
     } else {
       fill_zero(values, kStrip<C> * kLineRows);
     }
@@ -340,25 +336,20 @@ struct PanelScratch {
   C* staged;    // kLineRows rows of kLeftRow
   C* panel;     // strips of kChunk depth
   C* update;    // strips of the low-rank product's depth
-  float* sums;  // kTokensOfItem rows of kPanelLanes
+  float* sums;  // kTokensOfItem rows, padded to kRowStep, of kSumsRow
   float* tile;  // kBlock rows of kStrip
 
   static constexpr int64_t kStrips = kPanelLanes / kStrip<C>;
 
   // Returns the bytes; with nullptr it only measures.
-  int64_t lay_out(char* at, int64_t update_depth) {
-    char* const begin = at;
-    const auto take = [&](int64_t bytes) {
-      char* here = at;
-      at += round_up(bytes, 64);
-      return here;
-    };
-    staged = reinterpret_cast<C*>(take(kLineRows * kLeftRow * static_cast<int64_t>(sizeof(C))));
-    panel = reinterpret_cast<C*>(take(kStrips * kStripElements<C> * static_cast<int64_t>(sizeof(C))));
-    update = reinterpret_cast<C*>(take(kPanelLanes * update_depth * static_cast<int64_t>(sizeof(C))));
-    sums = reinterpret_cast<float*>(take(int64_t{kTokensOfItem + 16} * kSumsRow * 4));
-    tile = reinterpret_cast<float*>(take(int64_t{kBlock} * kStrip<C> * 4));
-    return at - begin;
+  int64_t lay_out(char* base, int64_t update_depth) {
+    Arena arena{base};
+    staged = arena.take<C>(kLineRows * kLeftRow);
+    panel = arena.take<C>(kStrips * kStripElements<C>);
+    update = arena.take<C>(kPanelLanes * update_depth);
+    sums = arena.take<float>((kTokensOfItem + Unit<C>::kRowStep) * kSumsRow);
+    tile = arena.take<float>(int64_t{kBlock} * kStrip<C>);
+    return arena.at - base;
   }
 };
 

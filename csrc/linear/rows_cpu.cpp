@@ -1,5 +1,6 @@
-// Forward for a few tokens over a packed weight: each line of codes is read once, decoded in registers and
-// multiplied by every token; nothing decoded is stored.
+// Forward for a few tokens: the weight is read once, and each piece meets every token. Lines of codes are
+// decoded in registers; nothing decoded is stored.
+#include "common/arena.h"
 #include "common/by_dtype.h"
 #include "common/packed_lines.h"
 #include "common/parallel.h"
@@ -9,9 +10,7 @@
 namespace tw {
 namespace {
 
-constexpr double kSerialWeights = 3e4;  // below, a second thread costs more than it does
-
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t kRowUnit = 64;  // elements that rows of tokens are padded to: whole lines, whole vectors
 
 // How lines meet tokens. Inputs one by one as floats:
 template <class C, Codes KIND, bool IN_PAIRS = sizeof(C) == 2 && KIND == Codes::table>
@@ -64,8 +63,8 @@ struct FewTokens {
 
 // y of W outputs from `o` on, of token t, from their base sums.
 template <class T>
-void finish_outputs(const LinearCall& call, const float* all_hidden, const float* row_scales, int t, int64_t o,
-                    vf y) {
+void finish_outputs(const LinearCall& call, const float* all_hidden, const float* row_scales, int t,
+                    int64_t o, vf y) {
   const int some = static_cast<int>(least(W, call.out_features - o));
   if (some <= 0) return;
   if (row_scales) y = mul(y, set1(row_scales[t]));
@@ -105,7 +104,7 @@ template <class C, class T>
 template <class T, class C, Codes KIND, int TOKENS, int BLOCKS>
 void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, KIND>::X>& few,
                 int64_t block) {
-  constexpr int kInputs = KIND == Codes::table ? 8 : 4;
+  constexpr int kInputs = line_inputs(KIND);
   const PackedWeight& w = call.packed;
   const LineProduct<C, KIND> product(w.table);
   vf sums[BLOCKS][kRowVectors][TOKENS];
@@ -147,7 +146,8 @@ void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, 
   for (int b = 0; b < BLOCKS; ++b)
     for (int v = 0; v < kRowVectors; ++v)
       for (int t = 0; t < static_cast<int>(call.tokens); ++t)
-        finish_outputs<T>(call, few.hidden, few.row_scales, t, (block + b) * kLineRows + v * W, sums[b][v][t]);
+        finish_outputs<T>(call, few.hidden, few.row_scales, t, (block + b) * kLineRows + v * W,
+                          sums[b][v][t]);
 }
 
 // y of kDots dense rows from `o` on, each read once.
@@ -208,17 +208,22 @@ template <class T, class X, int TOKENS, class F>
 bool with_few_tokens(const LinearCall& call, const F& f) {
   const PackedWeight& w = call.packed;
   const bool has_offsets = !call.weight.data && w.offsets;
-  const int64_t ld = round_up(call.in_features, 64), n = call.in_features;
+  const int64_t ld = round_up(call.in_features, kRowUnit), n = call.in_features;
   const double weights = static_cast<double>(n) * static_cast<double>(call.out_features);
   const int threads = weights < kSerialWeights ? 1 : call.threads;
-  const int64_t x_bytes = round_up(TOKENS * ld * static_cast<int64_t>(sizeof(X)), 64);
-  const int64_t sums_bytes = has_offsets ? round_up(TOKENS * w.groups * 4, 64) : 0;
-  char* workspace = take_workspace(x_bytes + sums_bytes + 64 * TOKENS + TOKENS * call.rank * 4);
+  X* x;
+  float *group_sums, *row_scales, *hidden;
+  const auto lay_out = [&](char* base) {
+    Arena arena{base};
+    x = arena.take<X>(TOKENS * ld);
+    group_sums = arena.take<float>(has_offsets ? TOKENS * w.groups : 0);
+    row_scales = arena.take<float>(TOKENS);
+    hidden = arena.take<float>(TOKENS * call.rank);
+    return arena.at - base;
+  };
+  char* workspace = take_workspace(lay_out(nullptr));
   if (!workspace) return false;
-  X* x = reinterpret_cast<X*>(workspace);
-  float* group_sums = reinterpret_cast<float*>(workspace + x_bytes);
-  float* row_scales = reinterpret_cast<float*>(workspace + x_bytes + sums_bytes);
-  float* hidden = row_scales + 16 * TOKENS;
+  lay_out(workspace);
   const FewTokens<X> few{x, ld, group_sums, hidden, call.int8_activations ? row_scales : nullptr};
   const int tokens = static_cast<int>(call.tokens);
   for (int t = 0; t < TOKENS; ++t) {

@@ -35,7 +35,8 @@ struct PackedRight {
   int used;   // lanes that count, a multiple of W
 
   int64_t bytes(int64_t depth) const {
-    return round_up((depth + kChunk - 1) / kChunk * kChunk * lanes * static_cast<int64_t>(sizeof(C)), 64);
+    return round_up((depth + kChunk - 1) / kChunk * kChunk * lanes * static_cast<int64_t>(sizeof(C)),
+                    kCacheLine);
   }
   C* strip(int64_t k0, int s) const { return data + k0 * lanes + s * kStripElements<C>; }
 };

@@ -229,8 +229,12 @@ def eight_bit_table(format: str) -> tuple[float, ...] | None:
     table = FORMATS[format].table
     if table is None or all(v.is_integer() for v in table):
         return table
-    unit = max(abs(v) for v in table) / 127
+    unit = eight_bit_unit(table)
     return tuple(round(v / unit) * unit for v in table)
+
+
+def eight_bit_unit(table: tuple[float, ...]) -> float:
+    return max(abs(v) for v in table) / 127
 
 
 def code_values(

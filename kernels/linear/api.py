@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from tilewright import choose, settings
-from tilewright.ops.common.packed import FORMATS, PackedWeight
+from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
 from tilewright.ops.linear import op
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
@@ -34,7 +33,7 @@ def fused_linear(
     int8_activations: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer over a dense or packed weight plus a low-rank update, in one pass over x.
+    """A linear layer over a dense or packed weight plus a low-rank update, as one operator.
 
         y[t] = (W x[t] + bias) out_scale  +  scale up f(down drop(x[t]))
 
@@ -59,7 +58,8 @@ def fused_linear(
     float32; packed weights are decoded tile by tile, forward and backward, and never as a whole.
     The error against float64 over the decoded weight is at most twice that of torch's linear in the
     same dtype. Results are bitwise reproducible and do not depend on the number of threads; a row
-    does not depend on the other rows' values. Under autocast x, weight and bias are cast.
+    does not depend on the other rows' values, though its last bits may differ where their number
+    changes the kernel (README.md beside this). Under autocast x, weight and bias are cast.
     ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
     cannot run here.
 
@@ -71,16 +71,16 @@ def fused_linear(
         activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
         int8_activations=int8_activations,
     )  # fmt: skip
-    wants_out_scale = out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled()
-    if wants_out_scale:  # its gradient needs the base product by itself
+    if out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled():
+        # its gradient needs the base product by itself
         base = op.call_fused_linear(
-            x2, replace(o, out_scale=None, down=None, up=None, dropout_seed=None),
-            replace(p, rank=0, dropout_p=0.0, activation="none"), impl,
+            x2, o._replace(out_scale=None, down=None, up=None, dropout_seed=None),
+            p._replace(rank=0, dropout_p=0.0, activation="none"), impl,
         )  # fmt: skip
         y = base * out_scale.to(base.dtype)
         if o.down is not None:
             zero = torch.zeros_like(out_scale)
-            y = y + op.call_fused_linear(x2, replace(o, bias=None, out_scale=zero), p, impl)
+            y = y + op.call_fused_linear(x2, o._replace(bias=None, out_scale=zero), p, impl)
     else:
         y = op.call_fused_linear(x2, o, p, impl)
     return y.view(*x.shape[:-1], p.out_features)
@@ -99,11 +99,23 @@ def lora_linear(
     dropout_seed: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer plus its low-rank update, reading x once: `fused_linear` under its usual name.
+    """A linear layer plus its low-rank update: `fused_linear` with what LoRA needs.
 
         y[t] = W x[t] + bias + scale up f(down drop(x[t]))
 
-    The arguments, dtypes, accuracy and errors are those of `fused_linear`.
+    x                 (T, I) or (..., I) activations; T may be 0
+    weight            (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
+    down, up          (R, I) and (O, R): LoRA's A and B, of any floating dtype, 1 <= R <= 4096
+    scale             of the update, such as LoRA's alpha / R
+    bias              (O,)
+    activation        f: "none" or "relu"
+    dropout_p         probability, 0 <= p < 1, that the update does not see an element of x
+    dropout_seed      (1,) int64; default drawn from torch's default CPU generator
+    impl              "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
+
+    Returns (..., O) in x.dtype. Dtypes, accuracy and reproducibility are those of `fused_linear`.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
     """
@@ -121,11 +133,22 @@ def quantized_linear(
     int8_activations: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer over a packed weight: `fused_linear` under its usual name.
+    """A linear layer over a packed weight: `fused_linear` without an update.
 
         y[t] = W x[t] + bias,   W decoded tile by tile
 
-    The arguments, dtypes, accuracy and errors are those of `fused_linear`.
+    x                 (T, I) or (..., I) activations; T may be 0
+    weight            PackedWeight (O, I), such as `quantize_weight` and the readers return
+    bias              (O,)
+    int8_activations  round x to 8 bits, one scale a row; not with an fp8 weight
+    impl              "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
+
+    Returns (..., O) in x.dtype. Dtypes, accuracy and reproducibility are those of `fused_linear`.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
+
+    Source: Dettmers et al., QLoRA, arXiv 2305.14314, section 3; for int8_activations Dettmers et
+    al., LLM.int8(), arXiv 2208.07339, section 2.
     """
     return fused_linear(x, weight, bias, int8_activations=int8_activations, impl=impl)
 
@@ -145,11 +168,18 @@ def multi_lora_linear(
 
         y[t] = W x[t] + bias + scales[a] ups[a] downs[a] x[t],   a = row_adapters[t]
 
-    downs, ups     one (Ra, I) and (O, Ra) for each adapter; ranks may differ
+    x              (T, I) or (..., I) activations; T may be 0
+    weight         (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
+    downs, ups     one (Ra, I) and (O, Ra) for each adapter; ranks may differ and add up to at most
+                   4096
     row_adapters   (T,) int32, or x.shape[:-1]: the adapter of a row, -1 for none
     scales         one number for each adapter
+    bias           (O,)
+    impl           "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
 
-    Everything else is as in `fused_linear`. The rank of all adapters together is at most 4096.
+    Returns (..., O) in x.dtype. Dtypes, accuracy and reproducibility are those of `fused_linear`.
+    ValueError: a shape, dtype or value outside the above. RuntimeError: `impl` was named and
+    cannot run here.
 
     Source: Chen et al., Punica, arXiv 2310.18547.
     """
@@ -164,17 +194,33 @@ def multi_lora_linear(
             f"{name}: row_adapters is {row_adapters.dtype} of shape {tuple(row_adapters.shape)}, "
             f"need int32 of shape {tuple(x.shape[:-1])} as x without its last axis"
         )
+    n_out, n_in = weight.shape if isinstance(weight, PackedWeight) else _matrix(name, weight)
+    for a, (down, up, scale) in enumerate(zip(downs, ups, scales, strict=True)):
+        expect_dtype(name, DTYPES, **{f"downs[{a}]": down})
+        expect_dtype(name, DTYPES, **{f"ups[{a}]": up})
+        expect_device(name, x=x, **{f"downs[{a}]": down, f"ups[{a}]": up})
+        rank = down.shape[0] if down.dim() == 2 else 0
+        if rank < 1 or down.shape[1] != n_in:
+            raise ValueError(
+                f"{name}: downs[{a}] has shape {tuple(down.shape)}, need (R, {n_in}), R at least 1"
+            )
+        if up.shape != (n_out, rank):
+            raise ValueError(
+                f"{name}: ups[{a}] has shape {tuple(up.shape)}, need ({n_out}, {rank})"
+            )
+        if not abs(scale) < math.inf:
+            raise ValueError(f"{name}: scales[{a}] is {scale}, need a finite number")
     ranks = [d.shape[0] for d in downs]
+    # made on the CPU: nothing waits for a GPU to tell its ranks
+    columns = torch.tensor([a for a, rank in enumerate(ranks) for _ in range(rank)])
+    each = torch.tensor([float(s) for s in scales])
+    columns, column_scales = columns.int(), each[columns]
     device = row_adapters.device
-    columns = torch.repeat_interleave(
-        torch.arange(len(ranks), dtype=torch.int32, device=device),
-        torch.tensor(ranks, device=device),
-    )
-    each = torch.tensor([float(s) for s in scales], dtype=torch.float32, device=device)
     p, x2, o = _describe(
         x, weight, bias, down=torch.cat(list(downs)), up=torch.cat(list(ups), dim=1),
-        row_adapters=row_adapters.reshape(-1), column_adapters=columns,
-        column_scales=each[columns.long()], name=name,
+        row_adapters=row_adapters.reshape(-1),
+        column_adapters=columns.to(device, non_blocking=True),
+        column_scales=column_scales.to(device, non_blocking=True), name=name,
     )  # fmt: skip
     return op.call_fused_linear(x2, o, p, impl).view(*x.shape[:-1], p.out_features)
 
@@ -196,7 +242,7 @@ def _describe(
     if dense is not None:
         expect_dtype(name, DTYPES, x=x, weight=dense)
     for argument, t in (("bias", bias), ("out_scale", out_scale), ("down", down), ("up", up)):
-        if t is not None:
+        if t is not None and t.dtype not in DTYPES:
             expect_dtype(name, DTYPES, **{argument: t})
     codes = None if packed is None else packed.codes
     expect_device(
@@ -205,12 +251,15 @@ def _describe(
     )  # fmt: skip
     if x.dim() == 0:
         raise ValueError(f"{name}: x has shape (), need axes (..., I)")
-    n_out, n_in = weight.shape if packed is not None else _matrix(name, dense)
+    n_out, n_in = weight.shape if packed is not None else _matrix(name, weight)
     if x.shape[-1] != n_in:
         raise ValueError(
             f"{name}: x has shape {tuple(x.shape)}, need a last axis of I = {n_in} as in weight"
         )
-    x2 = x.reshape(-1, n_in) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), n_in)
+    if x.dim() == 2:
+        x2 = x
+    else:  # -1 means nothing where a tensor is empty
+        x2 = x.reshape(math.prod(x.shape[:-1]), n_in)
     for argument, t in (("bias", bias), ("out_scale", out_scale)):
         if t is not None and t.shape != (n_out,):
             raise ValueError(
@@ -243,6 +292,7 @@ def _describe(
         dropout_seed=dropout_seed if dropout_p else None,
     )
     if packed is not None:
+        _expect_whole(name, packed, x)
         operands = _with_packed(operands, packed)
     nested = None if packed is None else packed.nested
     problem = Problem(
@@ -268,7 +318,7 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
         raise ValueError(f"{name}: {missing} is missing, need down and up together or neither")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # a graph compiler cannot follow math.isfinite
         raise ValueError(f"{name}: scale is {scale}, need a finite number")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, need 0 <= dropout_p < 1")
@@ -286,13 +336,53 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
     return rank
 
 
+def _expect_whole(name: str, w: PackedWeight, x: torch.Tensor) -> None:
+    """Refuse a packed weight whose tensors are not of the extents it states: kernels trust them.
+
+    A weight is looked through once, and remembers it; its fields cannot be set again.
+    """
+    if "_is_whole" in w.__dict__:
+        return
+    if w.format not in FORMATS:
+        raise ValueError(f"{name}: no format {w.format!r}. Known: {', '.join(FORMATS)}")
+    if w.group_size < 1:
+        raise ValueError(f"{name}: weight's group_size is {w.group_size}, need at least 1")
+    for argument, t in w.tensors().items():
+        if t.device != x.device:
+            expect_device(name, x=x, **{f"weight's {argument}": t})
+    blocks, lines = -(-w.out_features // ROWS), -(-w.in_features // inputs_of_a_line(w.format))
+    _expect_like(name, "codes", w.codes, (torch.uint8,), (blocks, lines, 64))
+    scale_types = (torch.float32, torch.float16, torch.bfloat16)
+    rows = blocks, w.groups, ROWS
+    _expect_like(
+        name, "scales", w.scales, scale_types if w.nested is None else (torch.uint8,), rows
+    )
+    if w.offsets is not None:
+        _expect_like(name, "offsets", w.offsets, scale_types, rows)
+    if w.input_order is not None:
+        _expect_like(name, "input_order", w.input_order, (torch.int32,), (w.in_features,))
+    if w.nested is not None:
+        table, absmax, _, block = w.nested
+        if block < 1:
+            raise ValueError(f"{name}: weight's nested block is {block}, need at least 1")
+        count = -(-w.out_features * w.groups // block)
+        _expect_like(name, "nested table", table, scale_types, (256,))
+        _expect_like(name, "nested absmax", absmax, scale_types, (count,))
+    object.__setattr__(w, "_is_whole", True)
+
+
+def _expect_like(name, part, t, dtypes, shape) -> None:
+    if t.dtype not in dtypes or t.shape != shape:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name}: weight's {part} is {t.dtype} of shape {tuple(t.shape)}, "
+            f"need {names} of shape {tuple(shape)}"
+        )
+
+
 def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
-    if packed.format not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"fused_linear: no format {packed.format!r}. Known: {known}")
     nested = packed.nested
-    return replace(
-        operands,
+    return operands._replace(
         codes=packed.codes,
         scales=packed.scales,
         offsets=packed.offsets,

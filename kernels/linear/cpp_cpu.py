@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tilewright.native import native
-from tilewright.ops.common.packed import FORMATS, eight_bit_table
+from tilewright.ops.common.packed_cpu import native_packed
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-SCALE_NAMES = {**NAMES, torch.uint8: "uint8"}
 NO_ROWS = (0, 0)
 
 
@@ -65,14 +66,13 @@ class _Held:
         self.column_scales = _floats(o.column_scales)
         self.input_order = None if o.input_order is None else o.input_order.int().contiguous()
         self.seed = 0 if o.dropout_seed is None else int(o.dropout_seed.item())
-        self.codes = None if o.codes is None else o.codes.contiguous()
-        self.scales = None if o.scales is None else o.scales.contiguous()
-        self.offsets = None if o.offsets is None else o.offsets.contiguous()
-        if self.offsets is not None and self.scales is not None:
-            self.offsets = self.offsets.to(
-                torch.float32 if self.scales.dtype == torch.uint8 else self.scales.dtype
-            )
-        self.nested_table, self.nested_absmax = _floats(o.nested_table), _floats(o.nested_absmax)
+        self.weight_packed = None
+        if o.codes is not None:
+            packed = p.packed(o)
+            if packed.offsets is not None:
+                dtype = torch.float32 if packed.nested else packed.scales.dtype
+                packed = replace(packed, offsets=packed.offsets.to(dtype))
+            self.weight_packed = packed.map(torch.Tensor.contiguous)
 
     def ordered(self, t: torch.Tensor) -> torch.Tensor:
         return t if self.order is None else t.index_select(1, self.order)
@@ -82,18 +82,9 @@ class _Held:
         return t if self.order is None else torch.empty_like(t).index_copy_(1, self.order, t)
 
     def packed(self, p: Problem) -> tuple | None:
-        if self.codes is None or self.scales is None:
+        if self.weight_packed is None:
             return None
-        table = FORMATS[p.format].table
-        if p.int8_activations:
-            table = eight_bit_table(p.format)
-        return (
-            "table" if table else p.format, list(table or ()), self.codes.data_ptr(),
-            self.codes.shape[1], SCALE_NAMES[self.scales.dtype], self.scales.data_ptr(),
-            _address(self.offsets), self.scales.shape[1], p.group_size,
-            _address(self.nested_table), _address(self.nested_absmax), p.nested_block,
-            0 if self.nested_absmax is None else self.nested_absmax.numel(), p.nested_offset,
-        )  # fmt: skip
+        return native_packed(self.weight_packed, p.int8_activations)
 
     def rule(self, p: Problem) -> tuple:
         return (
@@ -135,10 +126,10 @@ def backward(dy, x, hidden, o: Operands, p: Problem, wants):
         _extents(p), _rows(held.x), _rows(held.weight), held.packed(p), _address(held.out_scale),
         _rows(held.down), _rows(held.up), _rows(hidden), held.rule(p), torch.get_num_threads(),
     )  # fmt: skip
-    nothing = x.new_empty(0)
     return (
-        nothing if dx is None else held.unordered(dx),
-        nothing if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
-        nothing if ddown is None or o.down is None else held.unordered(ddown).to(o.down.dtype),
-        nothing if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
-    )
+        x.new_empty(0) if dx is None else held.unordered(dx),
+        x.new_empty(0) if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
+        x.new_empty(0) if ddown is None or o.down is None
+        else held.unordered(ddown).to(o.down.dtype),
+        x.new_empty(0) if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """torch tensors -> the CUDA kernel over 4-bit packed weights (csrc/linear/packed_hopper.cu).
 
-Forward only. README_hopper.md says how it works, what speed is predicted, and what has never run.
+Forward only. README.md beside this says how it works, what speed is predicted, and what has never
+run.
 """
 
 from __future__ import annotations

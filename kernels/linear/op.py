@@ -44,7 +44,7 @@ def rest(p: Problem, impl: str) -> tuple:
 
 def _problem(x, *r, needs_grad=False) -> tuple[Problem, Operands, str]:
     """The problem record, the tensors and `impl` again, from the operators' arguments."""
-    o = Operands(*r[:N_OPERANDS])
+    o = Operands._make(r[:N_OPERANDS])
     (out_features, format, group_size, nested_offset, nested_block, scale, activation, dropout_p,
      int8_activations, impl) = r[N_OPERANDS:]  # fmt: skip
     problem = Problem(
@@ -91,9 +91,11 @@ class _ReferenceImplementation:
             dropped = reference.dropout_factors(seed, p.tokens, p.in_features, p.dropout_p)
             dropped = dropped.to(x.device)
         return dict(
-            down=o.down, up=o.up, scale=p.scale, activation=p.activation, dropped=dropped,
-            row_adapters=o.row_adapters, column_adapters=o.column_adapters,
-            column_scales=o.column_scales,
+            # as they meet x
+            down=None if o.down is None else o.down.to(x.dtype),
+            up=None if o.up is None else o.up.to(x.dtype), scale=p.scale,
+            activation=p.activation, dropped=dropped, row_adapters=o.row_adapters,
+            column_adapters=o.column_adapters, column_scales=o.column_scales,
         )  # fmt: skip
 
     @classmethod
@@ -113,15 +115,18 @@ class _ReferenceImplementation:
 
     @classmethod
     def backward(cls, dy, x, hidden, o, p, wants):
+        low_rank = cls._low_rank(x, p, o)
         with torch.enable_grad():
             leaves = [
                 None if t is None else t.detach().double().requires_grad_()
-                for t in (x, o.bias, o.down, o.up)
+                for t in (x, o.bias, low_rank["down"], low_rank["up"])
             ]
             x64, bias, down, up = leaves
-            low_rank = {**cls._low_rank(x, p, o), "down": down, "up": up}
+            low_rank |= {"down": down, "up": up}
             y, _ = reference.fused_linear(x64, cls._weight(p, o), bias, o.out_scale, **low_rank)
-            wanted = [t for t, wants_it in zip(leaves, wants, strict=True) if wants_it]
+            wanted = [
+                t for t, wants_it in zip(leaves, wants, strict=True) if wants_it and t is not None
+            ]
             grads = iter(torch.autograd.grad(y, wanted, dy.double()))
         like = (x, o.bias, o.down, o.up)
         return tuple(
@@ -130,7 +135,23 @@ class _ReferenceImplementation:
         )
 
 
+def _expect_adapters(o: Operands) -> None:
+    """Refuse rows of adapters that are not there; on a GPU it would wait for the device."""
+    rows, columns = o.row_adapters, o.column_adapters
+    if rows is None or columns is None or rows.device.type != "cpu":
+        return
+    last = int(columns.max())
+    stray = ((rows < -1) | (rows > last)).nonzero()
+    if stray.numel():
+        t = int(stray[0])
+        raise ValueError(
+            f"multi_lora_linear: row_adapters[{t}] is {int(rows[t])}, "
+            f"need -1 for none or 0 to {last}"
+        )
+
+
 def _run_forward(x, o: Operands, p: Problem, impl: str):
+    _expect_adapters(o)
     return _implementation(choose.choose("fused_linear", impl, p)).forward(x, o, p)
 
 
@@ -168,8 +189,11 @@ def _(dy, x, hidden, wants, *r):
 def _setup_context(ctx, inputs, output):
     x, *r = inputs
     ctx.set_materialize_grads(False)
-    # x serves the gradients of the weight and of down; of a frozen base nothing weight-sized is new
-    ctx.save_for_backward(x, output[1], *r[:N_OPERANDS])
+    # x serves the gradients of the weight and of an update; of a frozen base nothing weight-sized
+    # is new
+    needs_x = r[DOWN] is not None or ctx.needs_input_grad[1 + WEIGHT]
+    ctx.in_features = x.shape[1]
+    ctx.save_for_backward(x if needs_x else None, output[1], *r[:N_OPERANDS])
     ctx.rest = r[N_OPERANDS:]
 
 
@@ -179,6 +203,8 @@ def _autograd_backward(ctx, dy, dhidden):
     grads: list[torch.Tensor | None] = [None] * len(needs)
     if dy is None:
         return tuple(grads)
+    if x is None:  # only its shape is asked for: one row, seen as all of them
+        x = dy.new_zeros(ctx.in_features).expand(dy.shape[0], ctx.in_features)
     places = (0, 1 + BIAS, 1 + DOWN, 1 + UP)
     wants = [needs[i] for i in places]
     if any(wants):
@@ -217,10 +243,10 @@ class _FusedLinear(torch.autograd.Function):
 
 def call_fused_linear(x, o: Operands, p: Problem, impl: str) -> torch.Tensor:
     """The registered operator, or in plain eager mode what it would end up calling."""
-    tensors = o.astuple()
-    if not may_go_direct(x, *tensors):
-        return torch.ops.tilewright.fused_linear(x, *tensors, *rest(p, impl))[0]
-    trained = (x, o.weight, o.bias, o.down, o.up)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        return _FusedLinear.apply(x, *tensors, *rest(p, impl))[0]
+    if not may_go_direct(x, *[t for t in o if t is not None]):
+        return torch.ops.tilewright.fused_linear(x, *o, *rest(p, impl))[0]
+    if torch.is_grad_enabled():
+        for t in (x, o.weight, o.bias, o.down, o.up):
+            if t is not None and t.requires_grad:
+                return _FusedLinear.apply(x, *o, *rest(p, impl))[0]
     return _run_forward(x, o, p, impl)[0]

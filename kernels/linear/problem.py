@@ -5,7 +5,7 @@ Axes: T tokens, I in, O out, R rank of the low-rank update, G groups of inputs t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,7 @@ from tilewright.ops.common.packed import NestedScales, PackedWeight
 DENSE = "dense"
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """The tensors beside x; None where a call has none. The operators take them in this order.
 
     weight           (O, I) dense, in x.dtype
@@ -46,15 +45,11 @@ class Operands:
     column_scales: torch.Tensor | None = None
     dropout_seed: torch.Tensor | None = None
 
-    def astuple(self) -> tuple[torch.Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in OPERANDS)
+
+OPERANDS = Operands._fields
 
 
-OPERANDS = tuple(f.name for f in fields(Operands))
-
-
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A call without its tensors: what decides who can run it, and how.
 
     format            "dense", or a key of FORMATS

@@ -167,8 +167,8 @@ def linear_quantize_rows_kernel(
     x (T, I) any strides   codes (T, I) int8 contiguous   s (T,) float32, NaN for a row that holds
     an infinity or NaN
 
-    In float64, as the reference computes it: x is often exactly half of the row's maximum, where
-    the last bit of the scale decides which way 63.5 goes.
+    In float32 with divisions rounded as the reference rounds them: x is often exactly half of the
+    row's maximum, where the last bit of the scale decides which way 63.5 goes.
     """
     token = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + token * x_stride_t
@@ -180,14 +180,14 @@ def linear_quantize_rows_kernel(
         magnitude = tl.abs(x.to(tl.float32))
         is_finite = tl.minimum(is_finite, tl.min((magnitude < float("inf")).to(tl.int32), 0))
         largest = tl.maximum(largest, tl.max(magnitude, 0))
-    row_scale = largest.to(tl.float64) / 127
+    row_scale = tl.div_rn(largest, tl.full((), 127.0, dtype=tl.float32))
     divisor = tl.where(row_scale > 0, row_scale, 1.0)
     for i in tl.range(0, n_in, BLOCK_I):
         columns = i + tl.arange(0, BLOCK_I)
         x = tl.load(row_ptr + columns.to(tl.int64) * x_stride_i, mask=columns < n_in, other=0.0)
-        # adding and taking away 1.5 * 2**52 rounds to the nearest whole number, ties to even
-        code = (x.to(tl.float64) / divisor + 6755399441055744.0) - 6755399441055744.0
+        # adding and taking away 1.5 * 2**23 rounds to the nearest whole number, ties to even
+        code = (tl.div_rn(x.to(tl.float32), divisor) + 12582912.0) - 12582912.0
         code = tl.where(is_finite == 1, code, 0.0).to(tl.int8)
         tl.store(codes_ptr + token * n_in + columns, code, mask=columns < n_in)
-    stored = tl.where(is_finite == 1, row_scale.to(tl.float32), float("nan"))
+    stored = tl.where(is_finite == 1, row_scale, float("nan"))
     tl.store(row_scales_ptr + token, stored)

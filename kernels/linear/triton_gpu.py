@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewright.ops.common.packed import FORMATS, eight_bit_table
+from tilewright.ops.common.packed import FORMATS, eight_bit_table, eight_bit_unit
 from tilewright.ops.common.triton_launch import (
     Launch,
     capability_of,
@@ -24,12 +24,17 @@ from tilewright.ops.linear.triton_forward import (
     linear_quantize_rows_kernel,
 )
 from tilewright.ops.linear.triton_narrow import (
+    COLUMNS_ARE_TOKENS,
+    NONE,
+    ROWS_ARE_TOKENS,
     linear_column_sums_kernel,
     linear_narrow_kernel,
     linear_sum_splits_kernel,
 )
 
-_NONE, _ROWS_ARE_TOKENS, _COLUMNS_ARE_TOKENS = 0, 1, 2  # as triton_narrow.py numbers them
+_NONE, _ROWS_ARE_TOKENS, _COLUMNS_ARE_TOKENS = (
+    way.value for way in (NONE, ROWS_ARE_TOKENS, COLUMNS_ARE_TOKENS)
+)
 _GROUP = 8  # tiles of tokens that go together through the tiles of the weight
 
 
@@ -62,7 +67,7 @@ def backward(dy, x, hidden, o: Operands, p: Problem, wants):
     found = [
         t.new_empty(t.shape) if wants_it else None for t, wants_it in zip(like, wants, strict=True)
     ]
-    for launch in backward_launches(dy, x, hidden, o, p, *found, capability_of(x)):
+    for launch in backward_launches(dy, x, hidden, o, p, found, capability_of(x)):
         launch.run()
     return tuple(x.new_empty(0) if t is None else t for t in found)
 
@@ -71,13 +76,17 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
     """The launches of one forward pass, in order."""
     if p.tokens == 0:
         return []
-    launches, low_rank = [], {"hidden_ptr": None, "up_ptr": None, "column_scales_ptr": None}
-    up_strides = {"up_stride_o": 0, "up_stride_r": 0}
+    launches = []
+    low_rank: dict = dict.fromkeys(("hidden_ptr", "up_ptr", "column_scales_ptr"))
+    low_rank |= {"up_stride_o": 0, "up_stride_r": 0}
     if o.down is not None:
         launches += _hidden_launches(x, hidden, o, p, capability)
         up = _narrow(o.up, x.dtype)
-        low_rank = {"hidden_ptr": hidden, "up_ptr": up, "column_scales_ptr": _column_scales(o)}
-        up_strides = {"up_stride_o": up.stride(0), "up_stride_r": up.stride(1)}
+        assert up is not None
+        low_rank = {
+            "hidden_ptr": hidden, "up_ptr": up, "column_scales_ptr": _column_scales(o),
+            "up_stride_o": up.stride(0), "up_stride_r": up.stride(1),
+        }  # fmt: skip
     tiles = config.forward_tiles(capability, p)
     operand, row_scales = x, None
     if p.int8_activations:
@@ -97,7 +106,7 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
     last = {
         "bias_ptr": contiguous(_narrow(o.bias, torch.float32)),
         "out_scale_ptr": contiguous(_narrow(o.out_scale, torch.float32)),
-        **low_rank, "y_ptr": y, **up_strides,
+        **low_rank, "y_ptr": y,
         "n_tokens": p.tokens, "n_out": p.out_features, "rank": p.rank, "n_splits": n_splits,
         "scale": p.scale, "BLOCK_R": config.rank_block(p.rank),
     }  # fmt: skip
@@ -129,9 +138,13 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
 
 
 def backward_launches(
-    dy, x, hidden, o: Operands, p: Problem, dx, dbias, ddown, dup, capability
+    dy, x, hidden, o: Operands, p: Problem, gradients, capability
 ) -> list[Launch]:
-    """The launches of one backward pass, in order; gradients that are not wanted are None."""
+    """The launches of one backward pass, in order.
+
+    gradients   dx, dbias, ddown, dup; None where not wanted
+    """
+    dx, dbias, ddown, dup = gradients
     launches = []
     dhidden = None
     if o.down is not None and (dx is not None or ddown is not None):
@@ -217,6 +230,7 @@ def _sum_splits(
 
 
 def _hidden_launches(x, hidden, o: Operands, p: Problem, capability) -> list[Launch]:
+    assert o.down is not None
     dropout = _ROWS_ARE_TOKENS if p.dropout_p else _NONE
     return _product(
         _Wide(x, False, _is_multiple(p.in_features), dropout), o.down.T, hidden, capability,
@@ -293,9 +307,11 @@ def _weight_arguments(o: Operands, p: Problem, block_inputs: int) -> dict:
     """What load_weight reads."""
     nested = {"nested_table_ptr": o.nested_table, "absmax_ptr": o.nested_absmax}
     if p.format == DENSE:
+        assert o.weight is not None
         weight, n_lines = o.weight, 0
         strides = weight.stride()
     else:
+        assert o.codes is not None
         weight, strides = _words(o.codes), (0, 0)
         n_lines = o.codes.shape[1]
     return {
@@ -328,7 +344,7 @@ def _codes(p: Problem, by_eight_bits: bool) -> tuple[float, tuple | None]:
     assert table is not None
     if p.int8_activations:
         if by_eight_bits:
-            unit = max(abs(v) for v in table) / 127
+            unit = eight_bit_unit(table)
             return unit, tuple(round(v / unit) for v in table)
         table = eight_bit_table(p.format)
     return 1.0, table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewright.ops.common.packed import PackedWeight, decode
-from tilewright.ops.quant import packing, solve
+from tilewright.ops.quant import cpp_cpu, packing, solve
 from tilewright.ops.quant.formats import (
     BLOCK,
     FP4,
@@ -68,7 +68,10 @@ def dequantize_weight(packed: PackedWeight, dtype: torch.dtype | None = None) ->
         raise ValueError(f"dequantize_weight: dtype is {dtype}, need one of {names}")
     weight = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     for rows, part in packing.row_parts(packed):
-        weight[rows] = decode(part).to(dtype)
+        if weight.numel() and cpp_cpu.why_not(part) is None:
+            cpp_cpu.decode(part, weight[rows])
+        else:
+            weight[rows] = decode(part).to(dtype)
     return weight
 
 
