@@ -24,11 +24,14 @@ def finished(tmp_path_factory):
         signal.raise_signal(signal.SIGINT)
 
     demo_phases.PHASES["extend"] = (real[0], stop_at_the_start)
+    # a shell that starts a job in the background may have it ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt) as stopped:
             demo.run_demo(out, seconds=6, quick=True)
     finally:
         demo_phases.PHASES["extend"] = real
+        signal.signal(signal.SIGINT, before)
     kept = {p.name: p.read_bytes() for p in (out / "phases").iterdir()}
     assert demo.run_demo(out, seconds=6, quick=True, resume=True) == 0
     return out, str(stopped.value), kept
