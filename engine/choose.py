@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,22 @@ class Implementation:
 
     name: str
     why_not: Callable[[object], str | None]
+
+
+REFERENCE = Implementation("reference", lambda problem: None)  # runs everywhere
+
+
+def implementation_of(room: str, name: str) -> Implementation:
+    """The module `name` of a room, imported when it is first asked: neither triton nor a compiled
+    module is loaded before. Triton is not asked about tensors that it cannot reach."""
+
+    def why_not(problem) -> str | None:
+        is_triton = name.startswith("triton")
+        if is_triton and problem.device != "cuda" and not settings.triton_is_interpreted():
+            return f"tensors are on {problem.device}, and TRITON_INTERPRET is not 1"
+        return importlib.import_module(f"tilewright.ops.{room}.{name}").why_not(problem)
+
+    return Implementation(name, why_not)
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,11 @@ namespace {
 constexpr int kUnitTile = 16;  // rows, lanes and pairs of a tile
 constexpr double kUnitRoundOperations = 4 * 2.0 * 2 * kUnitTile * kUnitTile * kUnitTile;  // of bf16
 
-// c[m][n] (+)= sum_k a[m][k] b[k][n] for ROWS x LANES tiles (1 or 2 each). depth counts pairs, a multiple of
-// kUnitTile; ldb counts lanes, ldc floats. Only where kHasMatrixUnit.
-template <int ROWS, int LANES, bool ADDS>
-void unit_product(int depth, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c, int64_t ldc);
-
-// The same of signed bytes: 16 rows of 64 bytes, B[k / 4][n][4], C of int32; depth counts fours of bytes, a
-// multiple of kUnitTile; lda counts bytes, ldb and ldc 32-bit words. c is overwritten.
-template <int ROWS, int LANES>
-void unit_byte_product(int depth, const int8_t* a, int64_t lda, const int8_t* b, int64_t ldb, int32_t* c,
-                       int64_t ldc);
+// c[m][n] (+)= sum_k a[m][k] b[k][n] for ROWS x LANES tiles (1 or 2 each), of bf16 into float or of signed
+// bytes into int32. depth counts words of k, pairs or fours, a multiple of kUnitTile; lda counts elements,
+// ldb lanes, ldc sums. Only where kHasMatrixUnit.
+template <int ROWS, int LANES, bool ADDS, class T, class S>
+void unit_product(int depth, const T* a, int64_t lda, const T* b, int64_t ldb, S* c, int64_t ldc);
 
 #if defined(TW_ISA_amx)
 
@@ -46,10 +41,12 @@ class MatrixUnit {
 };
 
 // Two by two tiles of sums take four loads for four products, each twice as long as a load.
-template <int ROWS, int LANES, bool ADDS>
-[[gnu::always_inline]] inline void unit_product(int depth, const bf16* a, int64_t lda, const bf16* b,
-                                                int64_t ldb, float* c, int64_t ldc) {
-  const int64_t a_bytes = lda * 2, b_bytes = ldb * 4, c_bytes = ldc * 4;
+template <int ROWS, int LANES, bool ADDS, class T, class S>
+[[gnu::always_inline]] inline void unit_product(int depth, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                                S* c, int64_t ldc) {
+  constexpr bool kBytes = sizeof(T) == 1;
+  constexpr int kWord = 4 / sizeof(T);  // elements
+  const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(T)), b_bytes = ldb * 4, c_bytes = ldc * 4;
   __asm__ volatile("" ::: "memory");  // gcc 12 takes a tile load for one that reads no memory
   if constexpr (ADDS) {
     _tile_loadd(0, c, c_bytes);
@@ -65,50 +62,21 @@ template <int ROWS, int LANES, bool ADDS>
   for (int k = 0; k < depth; k += kUnitTile) {
     _tile_loadd(6, b, b_bytes);
     _tile_loadd(4, a, a_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (LANES == 2) {
-      _tile_loadd(7, b + 2 * kUnitTile, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
+    if constexpr (LANES == 2) _tile_loadd(7, b + kWord * kUnitTile, b_bytes);
+    if constexpr (ROWS == 2) _tile_loadd(5, a + kUnitTile * lda, a_bytes);
+    if constexpr (kBytes) {
+      _tile_dpbssd(0, 4, 6);
+      if constexpr (LANES == 2) _tile_dpbssd(1, 4, 7);
+      if constexpr (ROWS == 2) _tile_dpbssd(2, 5, 6);
+      if constexpr (ROWS == 2 && LANES == 2) _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (LANES == 2) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (ROWS == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (ROWS == 2 && LANES == 2) _tile_dpbf16ps(3, 5, 7);
     }
-    if constexpr (ROWS == 2) {
-      _tile_loadd(5, a + kUnitTile * lda, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (ROWS == 2 && LANES == 2) _tile_dpbf16ps(3, 5, 7);
-    a += 2 * kUnitTile;
-    b += kUnitTile * ldb * 2;
-  }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (LANES == 2) _tile_stored(1, c + kUnitTile, c_bytes);
-  if constexpr (ROWS == 2) _tile_stored(2, c + kUnitTile * ldc, c_bytes);
-  if constexpr (ROWS == 2 && LANES == 2) _tile_stored(3, c + kUnitTile * ldc + kUnitTile, c_bytes);
-  __asm__ volatile("" ::: "memory");
-}
-
-template <int ROWS, int LANES>
-[[gnu::always_inline]] inline void unit_byte_product(int depth, const int8_t* a, int64_t lda, const int8_t* b,
-                                                     int64_t ldb, int32_t* c, int64_t ldc) {
-  const int64_t b_bytes = ldb * 4, c_bytes = ldc * 4;
-  __asm__ volatile("" ::: "memory");  // gcc 12 takes a tile load for one that reads no memory
-  _tile_zero(0);
-  if constexpr (LANES == 2) _tile_zero(1);
-  if constexpr (ROWS == 2) _tile_zero(2);
-  if constexpr (ROWS == 2 && LANES == 2) _tile_zero(3);
-  for (int k = 0; k < depth; k += kUnitTile) {
-    _tile_loadd(6, b, b_bytes);
-    _tile_loadd(4, a, lda);
-    _tile_dpbssd(0, 4, 6);
-    if constexpr (LANES == 2) {
-      _tile_loadd(7, b + 4 * kUnitTile, b_bytes);
-      _tile_dpbssd(1, 4, 7);
-    }
-    if constexpr (ROWS == 2) {
-      _tile_loadd(5, a + kUnitTile * lda, lda);
-      _tile_dpbssd(2, 5, 6);
-    }
-    if constexpr (ROWS == 2 && LANES == 2) _tile_dpbssd(3, 5, 7);
-    a += 4 * kUnitTile;
-    b += kUnitTile * ldb * 4;
+    a += kWord * kUnitTile;
+    b += kUnitTile * ldb * kWord;
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (LANES == 2) _tile_stored(1, c + kUnitTile, c_bytes);

@@ -119,12 +119,12 @@ inline void by_kind(Codes kind, const F& f) {
   }
 }
 
-// Inputs [k0, k0 + k) of row block `block`, scaled, as floats: to[(input - k0) * ld + row], 16 rows. k0
-// starts a line; inputs up to the end of the last line are written.
-template <Codes KIND>
-inline void decode_lines(float* to, int64_t ld, const PackedWeight& w, int64_t block, int64_t k0, int k) {
+// f(input - k0, line, scale, offset) for each line of inputs [k0, k0 + k) of row block `block`; k0 starts a
+// line. The offset means nothing where w.offsets is nullptr.
+template <Codes KIND, class F>
+[[gnu::always_inline]] inline void each_line(const PackedWeight& w, int64_t block, int64_t k0, int k,
+                                             const F& f) {
   constexpr int kInputs = line_inputs(KIND);
-  const Table table(w.table);
   const uint8_t* line = w.codes + (block * w.lines + k0 / kInputs) * kLineBytes;
   int64_t next_group = k0;  // the input from which another scale holds
   RowValues scale, offset;
@@ -135,6 +135,16 @@ inline void decode_lines(float* to, int64_t ld, const PackedWeight& w, int64_t b
       scale = scales_of(w, block, group);
       if (w.offsets) offset = offsets_of(w, block, group);
     }
+    f(i, line, scale, offset);
+  }
+}
+
+// Inputs [k0, k0 + k) of row block `block`, scaled, as floats: to[(input - k0) * ld + row], 16 rows. k0
+// starts a line; inputs up to the end of the last line are written.
+template <Codes KIND>
+inline void decode_lines(float* to, int64_t ld, const PackedWeight& w, int64_t block, int64_t k0, int k) {
+  const Table table(w.table);
+  const auto decode = [&](int i, const uint8_t* line, const RowValues& scale, const RowValues& offset) {
     for (int v = 0; v < kRowVectors; ++v) {
       const vi words = load_words(line + v * W * 4);
       each_input<KIND>([&](auto at) {
@@ -144,7 +154,8 @@ inline void decode_lines(float* to, int64_t ld, const PackedWeight& w, int64_t b
         store(to + (i + K) * ld + v * W, scaled);
       });
     }
-  }
+  };
+  each_line<KIND>(w, block, k0, k, decode);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 // Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words from a counter and a key.
 struct Philox {
   uint32_t word[4];
+  Philox() = default;
   Philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2) {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32), c3 = 0;
     for (int round = 0; round < 10; ++round) {

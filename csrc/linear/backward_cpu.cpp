@@ -134,7 +134,7 @@ struct Backward {
       for (int r = 0; r < rank.r; ++r) {
         float d = sums[i * rank.lanes + r] * scale_of(r);
         if (f.relu && !(to_float(*row_at<T>(f.hidden, t0 + i, r)) > 0.0f)) d = 0.0f;
-        if (f.row_adapters && column_factor(f, t0 + i, r) == 0.0f) d = 0.0f;
+        if (is_of_another(f, t0 + i, r)) d = 0.0f;
         row[r] = from_float<C>(d);
         exact[i * rank.r + r] = d;
       }
@@ -219,22 +219,23 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
   const bool has_sums = call.dup || call.ddown || call.dbias;
   const Slabs slabs(f.tokens, b.slab_floats() * 4);
 
-  const int64_t up_bytes = b.wants_dhidden ? b.up.bytes(f.out_features) : 0;
-  const int64_t kept_rows = round_up(f.tokens, kBlock) + kBlock;
-  const int64_t kept_bytes = round_up(kept_rows * b.rank.row * static_cast<int64_t>(sizeof(C)), kCacheLine);
-  const int64_t sums_bytes = has_sums ? round_up(most(slabs.count, 1) * b.slab_floats() * 4, kCacheLine) : 0;
+  PackedLeft<C> left = PackedLeft<C>::measure(f.tokens);
+  float* sums = nullptr;
+  const auto lay_out = [&](char* base) {
+    Arena arena{base};
+    b.up.data = arena.take<C>(b.wants_dhidden ? b.up.elements(f.out_features) : 0);
+    b.kept = arena.take<C>(round_up(f.tokens, kBlock) * b.rank.row);
+    sums = arena.take<float>(slabs.count * b.slab_floats());
+    left.data = arena.take<C>(call.dx.data ? left.elements(f.out_features) : 0);
+    return arena.at - base;
+  };
   PanelScratch<C> measure;
   SlabScratch<C> measure_slab;
-  const int64_t scratch_bytes =
-      most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
-  PackedLeft<C> left = PackedLeft<C>::measure(f.tokens);
-  const int64_t left_bytes = call.dx.data ? left.bytes(f.out_features) : 0;
-  char* workspace = take_workspace(up_bytes + kept_bytes + sums_bytes + left_bytes + threads * scratch_bytes);
+  // a thread is done with its slabs when its panels begin
+  const int64_t own_bytes = most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
+  char* workspace = take_workspace(lay_out(nullptr) + threads * own_bytes);
   if (!workspace) return false;
-  left.data = reinterpret_cast<C*>(workspace + up_bytes + kept_bytes + sums_bytes);
-  b.up.data = reinterpret_cast<C*>(workspace);
-  b.kept = reinterpret_cast<C*>(workspace + up_bytes);
-  float* sums = reinterpret_cast<float*>(workspace + up_bytes + kept_bytes);
+  char* const of_threads = workspace + lay_out(workspace);
 
   const LanesAreColumns<T, C> up_lanes{f.up, f.rank, f.out_features};
   const LanesAreColumns<T, C> down_lanes{f.down, f.in_features, f.rank};
@@ -243,7 +244,7 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
   int64_t chunks_taken = 0, slabs_taken = 0, pieces_taken = 0, items_taken = 0;
   run_team(threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
-    char* own = workspace + up_bytes + kept_bytes + sums_bytes + left_bytes + team.id * scratch_bytes;
+    char* own = of_threads + team.id * own_bytes;
     PanelScratch<C> scratch;
     scratch.lay_out(own, b.rank.row);
     SlabScratch<C> slab_scratch;

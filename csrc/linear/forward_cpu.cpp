@@ -34,6 +34,20 @@ inline void finish_block(const LinearCall& call, const Rank<C>& rank, const C* k
   }
 }
 
+// What a thread needs, for an item and for a block of hidden values.
+template <class C>
+struct HiddenScratch : PanelScratch<C> {
+  C* left;             // a block of tokens, where the update reads others than the base product
+  float* hidden_sums;  // of a block
+
+  int64_t lay_out(char* base, const Rank<C>& rank, bool reads_apart) {
+    Arena arena{base + PanelScratch<C>::lay_out(base, rank.row)};
+    left = arena.take<C>(reads_apart ? kBlock * kLeftRow : 0);
+    hidden_sums = arena.take<float>(int64_t{kBlock} * rank.lanes);
+    return arena.at - base;
+  }
+};
+
 template <class T, class Right>
 bool forward(const LinearCall& call, const Right& right) {
   using C = typename ComputeType<T>::type;
@@ -45,24 +59,24 @@ bool forward(const LinearCall& call, const Right& right) {
 
   PackedRight<C> down{nullptr, rank.lanes, rank.used};
   PackedLeft<C> left = PackedLeft<C>::measure(call.tokens);
-  const int64_t down_bytes = rank.r ? down.bytes(call.in_features) : 0;
-  const int64_t left_bytes = left.bytes(call.in_features);
-  const int64_t kept_bytes = round_up(left.tokens * rank.row * static_cast<int64_t>(sizeof(C)), kCacheLine);
-  const int64_t dropped_bytes =
-      call.dropout_p > 0 || call.int8_activations ? kBlock * kLeftRow * static_cast<int64_t>(sizeof(C)) : 0;
-  const int64_t narrow_bytes = dropped_bytes + round_up(int64_t{kBlock} * down.lanes * 4, kCacheLine);
-  const int64_t scales_bytes = call.int8_activations ? round_up(call.tokens * 4, kCacheLine) : 0;
-  PanelScratch<C> measure;
-  const int64_t scratch_bytes = measure.lay_out(nullptr, rank.row);
-  const int64_t shared_bytes = down_bytes + left_bytes + kept_bytes + scales_bytes;
-  char* workspace = take_workspace(shared_bytes + threads * (scratch_bytes + narrow_bytes));
+  // the update reads x as it is; where the base product does not, that is another left side
+  const bool reads_apart = call.dropout_p > 0 || call.int8_activations;
+  C* kept = nullptr;
+  float* row_scales = nullptr;
+  const auto lay_out = [&](char* base) {
+    Arena arena{base};
+    down.data = arena.take<C>(down.elements(call.in_features));
+    left.data = arena.take<C>(left.elements(call.in_features));
+    kept = arena.take<C>(left.tokens * rank.row);
+    row_scales = arena.take<float>(call.int8_activations ? call.tokens : 0);
+    return arena.at - base;
+  };
+  HiddenScratch<C> measure;
+  const int64_t own_bytes = measure.lay_out(nullptr, rank, reads_apart);
+  char* workspace = take_workspace(lay_out(nullptr) + threads * own_bytes);
   if (!workspace) return false;
-  down.data = reinterpret_cast<C*>(workspace);
-  left.data = reinterpret_cast<C*>(workspace + down_bytes);
-  C* kept = reinterpret_cast<C*>(workspace + down_bytes + left_bytes);
-  float* row_scales = call.int8_activations
-                          ? reinterpret_cast<float*>(workspace + down_bytes + left_bytes + kept_bytes)
-                          : nullptr;
+  char* const of_threads = workspace + lay_out(workspace);
+  if (!call.int8_activations) row_scales = nullptr;
 
   const Tokens<T, C> tokens{call.x, nullptr, nullptr, row_scales};
   const Tokens<T, C> dropped{call.x, nullptr, &call};
@@ -71,10 +85,8 @@ bool forward(const LinearCall& call, const Right& right) {
   int64_t chunks_taken = 0, pieces_taken = 0, blocks_taken = 0, items_taken = 0;
   run_team(threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
-    char* own = workspace + shared_bytes + team.id * (scratch_bytes + narrow_bytes);
-    PanelScratch<C> scratch;
-    scratch.lay_out(own, rank.row);
-    float* hidden_sums = reinterpret_cast<float*>(own + scratch_bytes + dropped_bytes);
+    HiddenScratch<C> scratch;
+    scratch.lay_out(of_threads + team.id * own_bytes, rank, reads_apart);
     for (int64_t chunk; rank.r > 0 && (chunk = take_next(&chunks_taken)) * kChunk < call.in_features;)
       pack_chunk(down, down_rows, call.in_features, chunk * kChunk, scratch.staged);
     for (int64_t t = team.id; row_scales && t < call.tokens; t += team.size)
@@ -89,12 +101,12 @@ bool forward(const LinearCall& call, const Right& right) {
         for (int64_t block; (block = take_next(&blocks_taken)) * kBlock < n_tokens;) {
           const int64_t t0 = block * kBlock;
           const int rows = static_cast<int>(least(kBlock, n_tokens - t0));
-          if (call.dropout_p > 0 || row_scales)
-            narrow_product(hidden_sums, dropped, down, call.in_features, begin + t0, rows,
-                           reinterpret_cast<C*>(own + scratch_bytes));
+          if (reads_apart)
+            narrow_product(scratch.hidden_sums, dropped, down, call.in_features, begin + t0, rows,
+                           scratch.left);
           else
-            narrow_product(hidden_sums, left, down, call.in_features, t0, rows);
-          settle_hidden<T>(call, rank, hidden_sums, down.lanes, begin, t0, rows, kept);
+            narrow_product(scratch.hidden_sums, left, down, call.in_features, t0, rows);
+          settle_hidden<T>(call, rank, scratch.hidden_sums, down.lanes, begin, t0, rows, kept);
         }
         team.barrier();
       }

@@ -6,6 +6,7 @@
 // The vector instruction takes one unsigned operand: a + 128, and 128 sum q is taken off again where the sum
 // starts. The matrix unit takes both signed. A call with a low-rank update is left to forward_cpu.cpp, which
 // multiplies the same rounded tokens as it does others.
+#include "common/arena.h"
 #include "common/by_dtype.h"
 #include "common/packed_lines.h"
 #include "common/parallel.h"
@@ -34,6 +35,23 @@ struct BytePanel {
   int ends[kMostSegments];     // of the segments, inputs of the chunk, whole lines
   bool closes[kMostSegments];  // whether a segment is its group's last
   int segments;
+};
+
+// What a thread needs for one item.
+struct ByteScratch {
+  BytePanel panel;
+  float* sums;  // kTokensOfItem rows, padded to a block, of kSumsRow
+
+  int64_t lay_out(char* base) {
+    constexpr int64_t kSlots = int64_t{kPanelLanes} * kMostSegments;
+    Arena arena{base};
+    panel.bytes = arena.take<int8_t>(int64_t{kPanelLanes} * kChunk);
+    panel.scales = arena.take<float>(kSlots);
+    panel.offsets = arena.take<float>(kSlots);
+    panel.starts = arena.take<int32_t>(kSlots);
+    sums = arena.take<float>((kTokensOfItem + kBlock) * kSumsRow);
+    return arena.at - base;
+  }
 };
 
 // The tokens of one pass: [chunk][token][kLeftRow] bytes, and the sums of a over each group for offsets.
@@ -208,9 +226,9 @@ struct Int8 {
     for (int g = 0; g < panel.segments; ++g) {
       const int64_t slot = static_cast<int64_t>(g) * kPanelLanes + s * kStrip;
       if constexpr (kHasMatrixUnit)
-        unit_byte_product<2, 2>(static_cast<int>(round_up(panel.ends[g] - from, kUnitInputs)) / kDot,
-                                reinterpret_cast<const int8_t*>(a) + from, kLeftRow, b + from * kStrip,
-                                kStrip, whole, 2 * kUnitTile);
+        unit_product<2, 2, false>(static_cast<int>(round_up(panel.ends[g] - from, kUnitInputs)) / kDot,
+                                  reinterpret_cast<const int8_t*>(a) + from, kLeftRow, b + from * kStrip,
+                                  kStrip, whole, 2 * kUnitTile);
       for (int n = 0; n < kStrip; n += W) {
         const vf scale = load(panel.scales + slot + n);
         for (int r = 0; r < kBlock; ++r) {
@@ -256,29 +274,27 @@ bool int8_forward(const LinearCall& call) {
   const int64_t tokens = round_up(least(call.tokens, kTokensAtOnce), kBlock);
   const int64_t chunks = (call.in_features + kChunk - 1) / kChunk;
   const int64_t panels = (call.out_features + kPanelLanes - 1) / kPanelLanes;
-  const int64_t left_bytes = chunks * tokens * kLeftRow;
-  const int64_t scales_bytes = round_up(call.tokens * 4, kCacheLine);
-  const int64_t sums_bytes = w.offsets ? round_up(tokens * w.groups * 4, kCacheLine) : 0;
-  constexpr int64_t kPanelBytes = int64_t{kPanelLanes} * kChunk;
-  constexpr int64_t kSlotBytes = int64_t{kPanelLanes} * kMostSegments * 4;
-  constexpr int64_t kScratchBytes = kPanelBytes + 3 * kSlotBytes + (kTokensOfItem + kBlock) * kSumsRow * 4;
-  const int64_t shared_bytes = left_bytes + scales_bytes + sums_bytes;
-  char* workspace = take_workspace(shared_bytes + call.threads * kScratchBytes);
+  ByteTokens left{nullptr, nullptr, tokens};
+  float* row_scales = nullptr;
+  const auto lay_out = [&](char* base) {
+    Arena arena{base};
+    left.bytes = arena.take<uint8_t>(chunks * tokens * kLeftRow);
+    row_scales = arena.take<float>(call.tokens);
+    left.group_sums = arena.take<float>(w.offsets ? tokens * w.groups : 0);
+    return arena.at - base;
+  };
+  ByteScratch measure;
+  const int64_t own_bytes = measure.lay_out(nullptr);
+  char* workspace = take_workspace(lay_out(nullptr) + call.threads * own_bytes);
   if (!workspace) return false;
-  const ByteTokens left{reinterpret_cast<uint8_t*>(workspace),
-                        w.offsets ? reinterpret_cast<float*>(workspace + left_bytes + scales_bytes) : nullptr,
-                        tokens};
-  float* row_scales = reinterpret_cast<float*>(workspace + left_bytes);
+  char* const of_threads = workspace + lay_out(workspace);
+  if (!w.offsets) left.group_sums = nullptr;
   int64_t items_taken = 0;
   run_team(call.threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
-    char* own = workspace + shared_bytes + team.id * kScratchBytes;
-    BytePanel panel;
-    panel.bytes = reinterpret_cast<int8_t*>(own);
-    panel.scales = reinterpret_cast<float*>(own + kPanelBytes);
-    panel.offsets = panel.scales + kSlotBytes / 4;
-    panel.starts = reinterpret_cast<int32_t*>(panel.offsets + kSlotBytes / 4);
-    float* sums = reinterpret_cast<float*>(own + kPanelBytes + 3 * kSlotBytes);
+    ByteScratch scratch;
+    scratch.lay_out(of_threads + team.id * own_bytes);
+    BytePanel& panel = scratch.panel;
     for (int64_t begin = 0; begin < call.tokens; begin += kTokensAtOnce) {
       const int64_t n_tokens = least(kTokensAtOnce, call.tokens - begin);
       for (int64_t t = team.id; t < n_tokens; t += team.size) {
@@ -299,7 +315,7 @@ bool int8_forward(const LinearCall& call) {
           product.build(panel, n0, strips, k0, k);
           const int64_t group = group_of(w, k0);
           for (int64_t t = t_begin; t < t_end; t += kBlock) {
-            float* block = sums + (t - t_begin) * kSumsRow;
+            float* block = scratch.sums + (t - t_begin) * kSumsRow;
             product.block_product(panel, strips, left.bytes + (k0 / kChunk * tokens + t) * kLeftRow,
                                   left.group_sums ? left.group_sums + t * w.groups + group : nullptr, k0 == 0,
                                   block);

@@ -50,17 +50,16 @@ inline void fill_zero(C* to, int64_t n) {
 template <class C>
 inline void drop_row(C* row, const LinearCall& call, int64_t t, int64_t k0, int k) {
   const float keep = 1.0f / (1.0f - call.dropout_p);
+  int64_t drawn = -1;  // the four inputs that `draw` is of
+  Philox draw;
   for (int i = 0; i < k; ++i) {
     const int64_t input = call.input_order ? call.input_order[k0 + i] : k0 + i;
-    const Philox draw(call.dropout_seed, static_cast<uint32_t>(input / 4), static_cast<uint32_t>(t), 0);
-    if (call.input_order) {
-      const float factor = draw.uniform(static_cast<int>(input % 4)) >= call.dropout_p ? keep : 0.0f;
-      row[i] = from_float<C>(to_float(row[i]) * factor);
-    } else {  // k0 is a multiple of 4
-      for (int w = 0; w < 4 && i + w < k; ++w)
-        row[i + w] = from_float<C>(to_float(row[i + w]) * (draw.uniform(w) >= call.dropout_p ? keep : 0.0f));
-      i += 3;
+    if (input / 4 != drawn) {
+      drawn = input / 4;
+      draw = Philox(call.dropout_seed, static_cast<uint32_t>(drawn), static_cast<uint32_t>(t), 0);
     }
+    const float factor = draw.uniform(static_cast<int>(input % 4)) >= call.dropout_p ? keep : 0.0f;
+    row[i] = from_float<C>(to_float(row[i]) * factor);
   }
 }
 
@@ -105,10 +104,7 @@ struct PackedLeft {
   static PackedLeft measure(int64_t tokens) {
     return {nullptr, round_up(least(tokens, kTokensAtOnce), kBlock)};
   }
-  int64_t bytes(int64_t depth) const {
-    return round_up((depth + kChunk - 1) / kChunk * tokens * kLeftRow * static_cast<int64_t>(sizeof(C)),
-                    kCacheLine);
-  }
+  int64_t elements(int64_t depth) const { return (depth + kChunk - 1) / kChunk * tokens * kLeftRow; }
   C* block(int64_t k0, int64_t token) const { return data + (k0 / kChunk * tokens + token) * kLeftRow; }
 };
 
@@ -235,30 +231,21 @@ struct PackedLanesAreRows {
   }
 
   void sixteen(C* strip, int64_t n, int64_t k0, int k) const {
-    constexpr int kInputs = line_inputs(KIND);
     const int width = depth_of<C>(k) * Unit<C>::kDepth;
     const Table table(w.table);
+    // the same inputs of the next row block are what will be wanted next
+    const int64_t ahead = n + kLineRows < n_rows ? w.lines * kLineBytes : 0;
+    const auto put = [&](int i, const uint8_t* line, const RowValues& scale, const RowValues& offset) {
+      __builtin_prefetch(line + ahead, 0, 2);
+      if (w.offsets)
+        put_line<true>(strip, table, line, i, scale, offset);
+      else
+        put_line<false>(strip, table, line, i, scale, offset);
+    };
     int done = 0;
     if (n < n_rows) {
-      const int64_t block = n / kLineRows;
-      const uint8_t* line = w.codes + (block * w.lines + k0 / kInputs) * kLineBytes;
-      // the same inputs of the next row block are what will be wanted next
-      const int64_t ahead = n + kLineRows < n_rows ? w.lines * kLineBytes : 0;
-      int64_t next_group = k0;  // the input from which another scale holds
-      RowValues scale, offset;
-      for (; done < k; done += kInputs, line += kLineBytes) {
-        if (k0 + done >= next_group) {
-          const int64_t group = group_of(w, k0 + done);
-          next_group = w.groups == 1 ? INT64_MAX : (group + 1) * w.group_size;
-          scale = scales_of(w, block, group);
-          if (w.offsets) offset = offsets_of(w, block, group);
-        }
-        __builtin_prefetch(line + ahead, 0, 2);
-        if (w.offsets)
-          put_line<true>(strip, table, line, done, scale, offset);
-        else
-          put_line<false>(strip, table, line, done, scale, offset);
-      }
+      each_line<KIND>(w, n / kLineRows, k0, k, put);
+      done = static_cast<int>(round_up(k, line_inputs(KIND)));
     }
     for (int d = done / Unit<C>::kDepth; d < width / Unit<C>::kDepth; ++d)
       fill_zero(strip + static_cast<int64_t>(d) * kStrip<C> * Unit<C>::kDepth, kLineRows * Unit<C>::kDepth);

@@ -34,10 +34,7 @@ struct PackedRight {
   int lanes;  // whole strips
   int used;   // lanes that count, a multiple of W
 
-  int64_t bytes(int64_t depth) const {
-    return round_up((depth + kChunk - 1) / kChunk * kChunk * lanes * static_cast<int64_t>(sizeof(C)),
-                    kCacheLine);
-  }
+  int64_t elements(int64_t depth) const { return round_up(depth, kChunk) * lanes; }
   C* strip(int64_t k0, int s) const { return data + k0 * lanes + s * kStripElements<C>; }
 };
 
@@ -80,10 +77,9 @@ inline void narrow_product(float* sums, const PackedLeft<C>& left, const PackedR
               static_cast<int>(round_up(rows, Unit<C>::kRowStep)));
 }
 
-// What column r of the hidden values of token t counts: 0 where the row has another adapter.
-inline float column_factor(const LinearCall& call, int64_t t, int r) {
-  if (!call.row_adapters) return 1.0f;
-  return call.row_adapters[t] == call.column_adapters[r] ? 1.0f : 0.0f;
+// Whether column r of the hidden values belongs to another adapter than token t.
+inline bool is_of_another(const LinearCall& call, int64_t t, int r) {
+  return call.row_adapters && call.row_adapters[t] != call.column_adapters[r];
 }
 
 // hidden = f(down drop(x)) of a block, from its sums: rounded into call.hidden, and scaled by column_scales
@@ -98,7 +94,7 @@ inline void settle_hidden(const LinearCall& call, const Rank<C>& rank, const flo
     for (int r = 0; r < rank.r; ++r) {
       float h = sums[i * ld + r];
       if (call.relu && h < 0.0f) h = 0.0f;
-      if (call.row_adapters && column_factor(call, t, r) == 0.0f) h = 0.0f;
+      if (is_of_another(call, t, r)) h = 0.0f;
       hidden[r] = from_float<T>(h);
       h = to_float(hidden[r]);
       row[r] = from_float<C>(call.column_scales ? h * call.column_scales[r] : h);

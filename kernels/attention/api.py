@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tilewright import choose, settings
+from tilewright import choose
 from tilewright.ops.attention import op
 from tilewright.ops.attention.problem import Problem, ShiftedSegments
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
@@ -372,28 +372,10 @@ def _describe_decode(
     )  # fmt: skip
 
 
-def _reference_why_not(problem) -> str | None:
-    return None
-
-
-def _cpp_cpu_why_not(problem) -> str | None:
-    from tilewright.ops.attention import cpp_cpu
-
-    return cpp_cpu.why_not(problem)
-
-
-def _triton_gpu_why_not(problem) -> str | None:
-    if problem.device != "cuda" and not settings.triton_is_interpreted():
-        return f"tensors are on {problem.device}, and TRITON_INTERPRET is not 1"
-    from tilewright.ops.attention import triton_gpu
-
-    return triton_gpu.why_not(problem)
-
-
 _CANDIDATES = (
-    choose.Implementation("triton_gpu", _triton_gpu_why_not),
-    choose.Implementation("cpp_cpu", _cpp_cpu_why_not),
-    choose.Implementation("reference", _reference_why_not),
+    choose.implementation_of("attention", "triton_gpu"),
+    choose.implementation_of("attention", "cpp_cpu"),
+    choose.REFERENCE,
 )
 
 

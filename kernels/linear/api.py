@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tilewright import choose, settings
+from tilewright import choose
 from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
 from tilewright.ops.linear import op
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
@@ -392,36 +392,12 @@ def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
     )
 
 
-def _reference_why_not(problem) -> str | None:
-    return None
-
-
-def _cuda_hopper_why_not(problem) -> str | None:
-    from tilewright.ops.linear import cuda_hopper
-
-    return cuda_hopper.why_not(problem)
-
-
-def _cpp_cpu_why_not(problem) -> str | None:
-    from tilewright.ops.linear import cpp_cpu
-
-    return cpp_cpu.why_not(problem)
-
-
-def _triton_gpu_why_not(problem) -> str | None:
-    if problem.device != "cuda" and not settings.triton_is_interpreted():
-        return f"tensors are on {problem.device}, and TRITON_INTERPRET is not 1"
-    from tilewright.ops.linear import triton_gpu
-
-    return triton_gpu.why_not(problem)
-
-
 _CANDIDATES = (
-    choose.Implementation("triton_gpu", _triton_gpu_why_not),
+    choose.implementation_of("linear", "triton_gpu"),
     # before the one above wherever a measurement says so; there is none yet
-    choose.Implementation("cuda_hopper", _cuda_hopper_why_not),
-    choose.Implementation("cpp_cpu", _cpp_cpu_why_not),
-    choose.Implementation("reference", _reference_why_not),
+    choose.implementation_of("linear", "cuda_hopper"),
+    choose.implementation_of("linear", "cpp_cpu"),
+    choose.REFERENCE,
 )
 
 
