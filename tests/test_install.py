@@ -32,13 +32,14 @@ def objects(tmp_path_factory) -> dict[str, list[Path]]:
     fresh = tmp_path_factory.mktemp("objects")
     found: dict[str, list[Path]] = {}
     for entry in json.loads(commands.read_text()):
-        level = re.search(r"tw_cpu_(\w+)\.dir", entry["output"])
+        command = shlex.split(entry["command"])
+        output = command[command.index("-o") + 1]  # older CMakes do not name it beside
+        level = re.search(r"tw_cpu_(\w+)\.dir", output)
         if level is None or not Path(entry["file"]).exists():
             continue
-        built = Path(entry["directory"]) / entry["output"]
+        built = Path(entry["directory"]) / output
         if not built.exists() or built.stat().st_mtime < newest_source:
             built = fresh / f"{level[1]}-{Path(entry['file']).stem}.o"
-            command = shlex.split(entry["command"])
             if shutil.which(command[0]) is None:
                 pytest.skip(f"the compiler {command[0]} is gone")
             command[command.index("-o") + 1] = str(built)
