@@ -2,6 +2,8 @@
 #include "linear/linear.h"
 
 #include "common/at_level.h"
+#include "common/extents.h"
+#include "common/workspace.h"
 
 namespace tw {
 
@@ -12,6 +14,18 @@ namespace {
 constexpr int64_t kFewTokens = 16, kFewTokensBesideUnit = 4, kFewTokensOfDense = 4;
 
 bool few_tokens(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_rows, call) }
+bool sums_of_delta(const LinearCall& call, float* sums) {
+  TW_AT_LEVEL(isa_for(call.dtype), linear_delta, call, sums)
+}
+bool few_tokens_and_delta(const LinearCall& call) {
+  char* sums = take_workspace(call.tokens * call.out_features * static_cast<int64_t>(sizeof(float)));
+  if (!sums) return false;
+  LinearCall with_sums = call;
+  with_sums.delta_sums = reinterpret_cast<const float*>(sums);
+  const bool had_memory = sums_of_delta(call, reinterpret_cast<float*>(sums)) && few_tokens(with_sums);
+  give_workspace(sums);
+  return had_memory;
+}
 bool whole_numbers(const LinearCall& call, bool* fits) {
   TW_AT_LEVEL(isa_for(call.dtype), linear_int8, call, fits)
 }
@@ -22,7 +36,8 @@ bool many_tokens(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), line
 bool linear_forward(const LinearCall& call) {
   int64_t few = isa_for(call.dtype) == Isa::amx ? kFewTokensBesideUnit : kFewTokens;
   if (call.weight.data) few = kFewTokensOfDense;
-  if (call.tokens <= few && !(call.dropout_p > 0)) return few_tokens(call);
+  if (call.tokens <= few && !(call.dropout_p > 0))
+    return call.delta.offsets ? few_tokens_and_delta(call) : few_tokens(call);
   if (call.int8_activations) {
     bool fits = false;
     const bool had_memory = whole_numbers(call, &fits);
@@ -33,5 +48,6 @@ bool linear_forward(const LinearCall& call) {
 bool linear_backward(const LinearBackwardCall& call) {
   TW_AT_LEVEL(isa_for(call.forward.dtype), linear_backward, call)
 }
+bool linear_sampled(const SampledCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_sampled, call) }
 
 }  // namespace tw

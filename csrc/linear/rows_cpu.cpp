@@ -68,6 +68,7 @@ void finish_outputs(const LinearCall& call, const float* all_hidden, const float
   const int some = static_cast<int>(least(W, call.out_features - o));
   if (some <= 0) return;
   if (row_scales) y = mul(y, set1(row_scales[t]));
+  if (call.delta_sums) y = add(y, load_n(call.delta_sums + t * call.out_features + o, some));
   if (call.bias) y = add(y, load_n(call.bias + o, some));
   if (call.out_scale) y = mul(y, load_n(call.out_scale + o, some));
   if (call.rank > 0) {
