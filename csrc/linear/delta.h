@@ -49,27 +49,6 @@ inline void transpose_delta(const SparseDelta& d, const float* factors, int64_t 
   offsets[0] = 0;
 }
 
-// to[column][t] for the columns from `column` on, tokens side by side, `ld` of them, zeros past n_tokens.
-template <class C, class T>
-inline void turn_tokens(C* to, int64_t ld, const Rows& rows, int64_t t0, int64_t n_tokens, int64_t column,
-                        int64_t n_columns) {
-  for (int64_t t = 0; t < ld; t += W)
-    for (int64_t c = 0; c < n_columns; c += W) {
-      const int some = static_cast<int>(least(W, n_columns - c));
-      vf square[W];
-      for (int i = 0; i < W; ++i) {
-        if (t + i >= n_tokens) {
-          square[i] = zero();
-          continue;
-        }
-        const T* at = row_at<T>(rows, t0 + t + i, column + c);
-        square[i] = some == W ? load(at) : load_n(at, some);
-      }
-      transpose(square);
-      for (int i = 0; i < some; ++i) store(to + (c + i) * ld + t, square[i]);
-    }
-}
-
 // Tokens times the rows of a sparse matrix, in steps along the tokens of an item.
 template <class T>
 struct DeltaProduct {
@@ -107,8 +86,8 @@ struct DeltaProduct {
     const int64_t step = piece / chunks, c = piece % chunks * kColumnsAtOnce;
     const int64_t t = step / kStepsOfItem * kTokensOfItem + step % kStepsOfItem * kTokens;
     const int64_t end = least(round_up(t + 1, kTokensOfItem), n_tokens);
-    turn_tokens<T, T>(turned + (step * columns + c) * kTokens, kTokens, from, begin + t,
-                      least(kTokens, end - t), c, least(kColumnsAtOnce, columns - c));
+    turn_rows(turned + (step * columns + c) * kTokens, kTokens, row_at<T>(from, begin + t, c), from.row,
+              least(kTokens, end - t), least(kColumnsAtOnce, columns - c));
     return true;
   }
 
