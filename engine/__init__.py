@@ -78,6 +78,7 @@ __all__ = [
     "SavedDeltas",
     "SavedWeights",
     "ShiftedSegments",
+    "SparseDelta",
     "WeightDelta",
     "__version__",
     "accelerate",
@@ -92,8 +93,10 @@ __all__ = [
     "fused_linear",
     "generate",
     "largest_gradients",
+    "load_adapted",
     "load_deltas",
     "load_packed",
+    "load_peft_deltas",
     "lora_linear",
     "merge",
     "merge_delta",
@@ -114,6 +117,7 @@ __all__ = [
     "sampled_product",
     "save_deltas",
     "save_packed",
+    "save_peft_deltas",
     "share_to_regrow",
     "to_bitsandbytes",
     "unmerge_delta",
@@ -123,6 +127,14 @@ register_when_imported()
 
 
 def __getattr__(name: str):
+    if name in ("SparseDelta", "load_adapted"):
+        from tilewright.adapt import sparse
+
+        return getattr(sparse, name)
+    if name in ("load_peft_deltas", "save_peft_deltas"):
+        from tilewright.adapt import sparse_peft
+
+        return getattr(sparse_peft, name)
     if name == "QuantConfig":  # derived from a class of transformers, which is slow to import
         from tilewright.quantizer import QuantConfig
 

@@ -1,10 +1,13 @@
-"""Put our operators into a Hugging Face model in place, and take them out again.
+"""Put our operators into a Hugging Face model in place, and take them out again; tune it sparsely.
 
+Called, the package is the function `adapt` of sparse.py: `tilewright.adapt(model, method)`.
 transformers is imported by the first call, not with the package.
 """
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,6 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["Replaced", "Report", "Skipped", "accelerate", "restore"]
 
 ATTENTION = ("dense", "shifted")
+
+
+class _Callable(types.ModuleType):
+    def __call__(self, model: nn.Module, method: object):
+        from tilewright.adapt.sparse import adapt
+
+        return adapt(model, method)  # type: ignore[arg-type]
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def accelerate(

@@ -98,6 +98,17 @@ class WeightDelta:
             object.__setattr__(changed, "_is_whole", True)
         return changed
 
+    @staticmethod
+    def columns_dtype(in_features: int) -> torch.dtype:
+        """The shortest dtype of columns among so many inputs."""
+        return torch.int16 if in_features <= MAX_SHORT_INPUTS else torch.int32
+
+    def short(self) -> WeightDelta:
+        """The same with columns as short as they can be."""
+        if self.columns.dtype == self.columns_dtype(self.in_features):
+            return self
+        return replace(self, columns=as_columns(self.wide_columns(), self.in_features))
+
     def rows(self) -> torch.Tensor:
         """(N,) int64"""
         return rows_of(self.row_offsets, self.nnz)
@@ -146,7 +157,7 @@ def offsets_of_rows(rows: torch.Tensor, out_features: int) -> torch.Tensor:
 
 def as_columns(columns: torch.Tensor, in_features: int) -> torch.Tensor:
     """int64 columns as a delta keeps them."""
-    return columns.to(torch.int16 if in_features <= MAX_SHORT_INPUTS else torch.int32)
+    return columns.to(WeightDelta.columns_dtype(in_features))
 
 
 def wide_columns(columns: torch.Tensor) -> torch.Tensor:
