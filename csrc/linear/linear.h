@@ -55,14 +55,15 @@ struct LinearBackwardCall {
 bool linear_forward(const LinearCall& call);
 bool linear_backward(const LinearBackwardCall& call);
 
-// linear_rows is for a few tokens and no dropout; linear_int8 says whether the call is one for it, and does
-// nothing if not.
-#define TW_LINEAR_KERNELS(level)                        \
-  namespace level {                                     \
-  bool linear_forward(const LinearCall& call);          \
-  bool linear_rows(const LinearCall& call);             \
-  bool linear_int8(const LinearCall& call, bool* fits); \
-  bool linear_backward(const LinearBackwardCall& call); \
+// linear_rows and linear_byte_rows are for a few tokens and no dropout; the latter and linear_int8 say
+// whether the call is one for them, and do nothing if not.
+#define TW_LINEAR_KERNELS(level)                             \
+  namespace level {                                          \
+  bool linear_forward(const LinearCall& call);               \
+  bool linear_rows(const LinearCall& call);                  \
+  bool linear_byte_rows(const LinearCall& call, bool* fits); \
+  bool linear_int8(const LinearCall& call, bool* fits);      \
+  bool linear_backward(const LinearBackwardCall& call);      \
   }
 TW_LINEAR_KERNELS(portable)
 TW_LINEAR_KERNELS(avx2)
