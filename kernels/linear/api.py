@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from tilewright import choose
+from tilewright.direct import may_go_direct
 from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
-from tilewright.ops.linear import op
+from tilewright.ops.linear import op, prepared
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
 
@@ -66,6 +67,13 @@ def fused_linear(
     Source: Hu et al., LoRA, arXiv 2106.09685; Dettmers et al., QLoRA, arXiv 2305.14314; He et al.,
     Towards a unified view of parameter-efficient transfer learning, arXiv 2110.04366.
     """
+    is_plain = (
+        type(weight) is PackedWeight and impl == "auto" and down is None and out_scale is None
+    )
+    if is_plain:
+        ready = prepared.call(x, weight, bias, int8_activations)
+        if ready is not None:
+            return ready
     p, x2, o = _describe(
         x, weight, bias, out_scale=out_scale, down=down, up=up, scale=scale,
         activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
@@ -83,6 +91,8 @@ def fused_linear(
             y = y + op.call_fused_linear(x2, o._replace(bias=None, out_scale=zero), p, impl)
     else:
         y = op.call_fused_linear(x2, o, p, impl)
+        if is_plain and p.device == "cpu" and may_go_direct(x, weight.codes):
+            prepared.remember(weight, p.dtype, int8_activations)
     return y.view(*x.shape[:-1], p.out_features)
 
 
