@@ -14,9 +14,15 @@ namespace {
 // (data pointer, row stride in elements)
 tw::Rows rows_of(const py::tuple& t) { return {pointer<void>(t[0]), t[1].cast<int64_t>()}; }
 
+// (row_offsets, columns, columns are 16-bit, values, values are bfloat16)
+tw::SparseDelta delta_of(const py::tuple& t) {
+  return {pointer<const int64_t>(t[0]), pointer<const void>(t[1]), pointer<const void>(t[3]),
+          t[2].cast<bool>(), t[4].cast<bool>()};
+}
+
 // dtype, (T, I, O, R), x, y, weight, packed or None, bias, out_scale, down, up, hidden,
 // (scale, relu, row_adapters, column_adapters, column_scales, dropout_p, dropout_seed, input_order,
-//  int8_activations), threads
+//  int8_activations, delta or None), threads
 tw::LinearCall call_of(const std::string& dtype, const py::tuple& extents, const py::tuple& x,
                        const py::tuple& y, const py::tuple& weight, const py::object& packed, int64_t bias,
                        int64_t out_scale, const py::tuple& down, const py::tuple& up, const py::tuple& hidden,
@@ -48,6 +54,12 @@ tw::LinearCall call_of(const std::string& dtype, const py::tuple& extents, const
   call.dropout_seed = static_cast<uint64_t>(rule[6].cast<int64_t>());
   call.input_order = pointer<const int32_t>(rule[7]);
   call.int8_activations = rule[8].cast<bool>();
+  if (!rule[9].is_none()) {
+    const auto delta = rule[9].cast<py::tuple>();
+    call.delta = delta_of(delta[0]);
+    call.delta_x = rows_of(delta[1]);
+    TW_CHECK(call.delta.offsets, "fused_linear: null pointer to delta's row_offsets");
+  }
   call.threads = threads;
   const int64_t size = call.out_features * call.in_features;
   TW_CHECK(size == 0 || call.weight.data || call.packed.codes, "fused_linear: null pointer to ", size,
@@ -95,7 +107,7 @@ class PreparedLinear {
   PreparedLinear(const std::string& dtype, int64_t n_in, int64_t n_out, const py::tuple& packed,
                  bool int8_activations) {
     const py::tuple none = py::make_tuple(0, 0);
-    const py::tuple rule = py::make_tuple(1.0, false, 0, 0, 0, 0.0, 0, 0, int8_activations);
+    const py::tuple rule = py::make_tuple(1.0, false, 0, 0, 0, 0.0, 0, 0, int8_activations, py::none());
     call_ = call_of(dtype, py::make_tuple(0, n_in, n_out, 0), none, none, none, packed, 0, 0, none, none,
                     none, rule, 1);
   }
@@ -119,6 +131,24 @@ class PreparedLinear {
   tw::LinearCall call_;
 };
 
+void sampled(const std::string& dtype, const py::tuple& extents, const py::tuple& dy, const py::tuple& x,
+             const py::tuple& at, int64_t products, int threads) {
+  tw::SampledCall call = {};
+  call.dtype = dtype_of("sampled_product", dtype);
+  call.tokens = extents[0].cast<int64_t>();
+  call.in_features = extents[1].cast<int64_t>();
+  call.out_features = extents[2].cast<int64_t>();
+  call.dy = rows_of(dy);
+  call.x = rows_of(x);
+  call.at = delta_of(at);
+  call.products = reinterpret_cast<float*>(products);
+  call.threads = threads;
+  TW_CHECK(call.at.offsets, "sampled_product: null pointer to row_offsets");
+  TW_CHECK(threads >= 1, "sampled_product: threads is ", threads, ", need at least 1");
+  py::gil_scoped_release release;
+  if (!tw::linear_sampled(call)) throw std::runtime_error("sampled_product: no memory for scratch");
+}
+
 }  // namespace
 
 void register_linear(py::module_& m) {
@@ -127,4 +157,5 @@ void register_linear(py::module_& m) {
       .def("__call__", &PreparedLinear::run);
   m.def("linear_forward", &forward);
   m.def("linear_backward", &backward);
+  m.def("linear_sampled", &sampled);
 }

@@ -24,6 +24,7 @@ from tilewright.ops import (
     PackedWeight,
     SavedWeights,
     ShiftedSegments,
+    WeightDelta,
     dequantize_blockwise,
     dequantize_weight,
     error_statistics,
@@ -42,6 +43,7 @@ from tilewright.ops import (
     read_compressed_tensors,
     read_gguf,
     read_gptq,
+    sampled_product,
     save_packed,
     to_bitsandbytes,
 )
@@ -64,6 +66,7 @@ __all__ = [
     "QuantizedLinear",
     "SavedWeights",
     "ShiftedSegments",
+    "WeightDelta",
     "__version__",
     "accelerate",
     "dequantize",
@@ -91,6 +94,7 @@ __all__ = [
     "read_gguf",
     "read_gptq",
     "restore",
+    "sampled_product",
     "save_packed",
     "to_bitsandbytes",
 ]

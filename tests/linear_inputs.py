@@ -27,12 +27,13 @@ from tilewright.ops.common.packed import (
     unpack_codes,
     unpack_rows,
 )
+from tilewright.ops.common.sparse_delta import WeightDelta
 from tilewright.ops.linear import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DENSE = "dense"
 SEED = 0x1234_5678_9ABC_DEF0  # both words of the key count
-GRADIENTS = ("x", "weight", "bias", "out_scale", "down", "up")
+GRADIENTS = ("x", "weight", "bias", "out_scale", "down", "up", "delta")
 
 
 def dtype_name(dtype) -> str:
@@ -48,6 +49,8 @@ class Case:
     adapter        type of down and up, None for x's
     lead           leading axes of x, whose product is `tokens`
     adapters       rank of each of several adapters, and -1 for rows without one
+    delta          share of the weight's entries that a sparse delta changes
+    delta_values   their type
     """
 
     tokens: int
@@ -67,6 +70,8 @@ class Case:
     adapter: torch.dtype | None = None
     lead: tuple | None = None
     adapters: tuple = ()
+    delta: float = field(default=0.0, repr=False)  # inputs are drawn from what is shown
+    delta_values: torch.dtype = field(default=torch.float32, repr=False)
 
     def but(self, **changes) -> "Case":
         return replace(self, **changes)
@@ -87,8 +92,10 @@ class Inputs:
 
     @property
     def named(self) -> dict:
-        """The tensors that may have a gradient."""
+        """The tensors that may have a gradient; of a delta its values."""
         tensors = {"x": self.x, "weight": self.weight, **self.options}
+        if "delta" in tensors:
+            tensors["delta"] = tensors["delta"].values
         return {n: t for n, t in tensors.items() if n in GRADIENTS and isinstance(t, torch.Tensor)}
 
 
@@ -235,7 +242,19 @@ def make_inputs(case: Case, dtype) -> Inputs:
     if case.dropout_p:
         options.update(dropout_p=case.dropout_p, dropout_seed=torch.tensor([SEED]))
         factors = reference.dropout_factors(SEED, case.tokens, n_in, case.dropout_p)
-    return Inputs(x, weight, normal(*lead, n_out), options, factors)
+    dy = normal(*lead, n_out)
+    if case.delta:
+        options["delta"] = random_delta(n_out, n_in, case.delta, case.delta_values, generator)
+    return Inputs(x, weight, dy, options, factors)
+
+
+def random_delta(n_out, n_in, share, dtype=torch.float32, generator=None) -> WeightDelta:
+    """Places drawn alike, and values with which D x has about the size of x."""
+    generator = generator or torch.Generator().manual_seed(0)
+    n = round(share * n_out * n_in)
+    places = torch.randperm(n_out * n_in, generator=generator)[:n]
+    values = torch.randn(n, generator=generator) / max(share * n_in, 1) ** 0.5
+    return WeightDelta.from_flat(places, values.to(dtype), n_out, n_in)
 
 
 def with_dtypes(everywhere: dict, in_turn: dict) -> pytest.MarkDecorator:
@@ -251,7 +270,8 @@ def move(value, device):
     """Tensors, packed weights and lists of tensors on a device; anything else as it is."""
     if isinstance(value, list):
         return [move(v, device) for v in value]
-    return value.to(device) if isinstance(value, (torch.Tensor, PackedWeight)) else value
+    has_tensors = isinstance(value, (torch.Tensor, PackedWeight, WeightDelta))
+    return value.to(device) if has_tensors else value
 
 
 def require(target, x, weight, **options):
@@ -274,6 +294,8 @@ def with_gradients(function, inputs: Inputs, wanted=GRADIENTS, dy=None) -> Resul
     """`function(inputs)` forward and backward, and the gradients of the tensors named."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.named.items() if n in wanted}
     rest = {n: t for n, t in leaves.items() if n not in ("x", "weight")}
+    if "delta" in rest:
+        rest["delta"] = inputs.options["delta"].with_values(rest["delta"])
     live = replace(
         inputs, x=leaves.get("x", inputs.x), weight=leaves.get("weight", inputs.weight),
         options={**inputs.options, **rest},
@@ -300,7 +322,10 @@ def unfused(inputs: Inputs) -> torch.Tensor:
     def cast(t):
         return t.to(x.dtype)
 
-    y = linear(x, cast(decoded(inputs.weight)), None if bias is None else cast(bias))
+    weight = decoded(inputs.weight)
+    if "delta" in o:
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32)) + o["delta"].dense()
+    y = linear(x, cast(weight), None if bias is None else cast(bias))
     if o.get("out_scale") is not None:
         y = y * cast(o["out_scale"])
     dropped = x
@@ -325,6 +350,8 @@ def by_reference(inputs: Inputs) -> torch.Tensor:
     o = inputs.options
     names = ("bias", "out_scale", "down", "up", "scale", "activation")
     options = {n: o[n] for n in names if n in o}
+    if "delta" in o:
+        options["delta"] = o["delta"].dense()
     if "downs" in o:
         ranks = torch.tensor([len(d) for d in o["downs"]])
         options |= dict(
@@ -344,6 +371,8 @@ def _each(inputs: Inputs, change) -> Inputs:
     def to(value):
         if isinstance(value, list):
             return [to(v) for v in value]
+        if isinstance(value, WeightDelta):
+            return value.with_values(change(value.values))
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         return change(value) if floating else value
 

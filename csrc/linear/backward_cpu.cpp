@@ -1,5 +1,5 @@
-// Backward: dx = (dy out_scale) W + drop(dhidden down) panel by panel, and the gradients of the update and
-// the bias in one pass over dy.
+// Backward: dx = (dy out_scale) (W + D) + drop(dhidden down) panel by panel, and the gradients of the update
+// and the bias in one pass over dy.
 //
 //   dhidden[t][r] = scale f'(hidden[t][r]) sum_o dy[t][o] up[o][r]
 //   dup[r][o]     = scale sum_t hidden[t][r] dy[t][o]
@@ -8,6 +8,7 @@
 // Sums over tokens are made slab by slab into buffers of their own and added up in order: neither their
 // number nor their order depends on the threads.
 #include "common/workspace.h"
+#include "linear/delta.h"
 #include "linear/update.h"
 
 namespace tw {
@@ -89,6 +90,8 @@ struct Backward {
   const int64_t dup_row = round_up(f.out_features, kChunk), ddown_row = round_up(f.in_features, kChunk);
   PackedRight<C> up{nullptr, rank.lanes, rank.used};  // lanes are the rank, depth is O
   C* kept = nullptr;                                  // dhidden, rows of rank.row
+  DeltaProduct<T> delta{nullptr, nullptr, nullptr, f.input_order, f.out_features};  // of D's transpose
+  const bool wants_delta = f.delta.offsets && call.dx.data;
 
   int64_t dup_floats() const { return call.dup ? rank.rows * dup_row : 0; }
   int64_t ddown_floats() const { return call.ddown ? rank.rows * ddown_row : 0; }
@@ -181,24 +184,28 @@ struct Backward {
     }
   }
 
-  // dx of a block from its base sums and, in `tile`, the update's.
-  void finish_block(const float* sums, int64_t t0, int rows, int64_t n0, int lanes,
+  // dx of a block from its base sums, D's, and in `tile` the update's. The block is at token t0 of those
+  // packed, which begin at `begin`.
+  void finish_block(const float* sums, int64_t begin, int64_t t0, int rows, int64_t n0, int lanes,
                     const PanelScratch<C>& scratch) const {
     const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
     for (int s = 0; s < lanes; s += kStrip<C>) {
       const int used = static_cast<int>(least(kStrip<C>, lanes - s));
       if (rank.r > 0) {
-        gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + t0 * rank.row, rank.row,
+        gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + (begin + t0) * rank.row, rank.row,
                              scratch.update + s * rank.row, kStrip<C>, scratch.tile, kStrip<C>);
         if (f.dropout_p > 0)
-          for (int r = 0; r < rows; ++r) drop_row(scratch.tile + r * kStrip<C>, f, t0 + r, n0 + s, used);
+          for (int r = 0; r < rows; ++r)
+            drop_row(scratch.tile + r * kStrip<C>, f, begin + t0 + r, n0 + s, used);
       }
+      if (wants_delta) delta.tile(scratch.delta, kStrip<C>, t0, n0 + s, used);
       for (int r = 0; r < rows; ++r)
         for (int n = 0; n < used; n += W) {
           const int some = static_cast<int>(least(W, used - n));
           vf dx = load(sums + r * kSumsRow + s + n);
+          if (wants_delta) dx = add(dx, load(scratch.delta + r * kStrip<C> + n));
           if (rank.r > 0) dx = add(dx, load(scratch.tile + r * kStrip<C> + n));
-          T* to = out_at<T>(call.dx, t0 + r, n0 + s + n);
+          T* to = out_at<T>(call.dx, begin + t0 + r, n0 + s + n);
           if (some == W)
             store(to, dx);
           else
@@ -221,12 +228,17 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
 
   PackedLeft<C> left = PackedLeft<C>::measure(f.tokens);
   float* sums = nullptr;
+  int64_t* transposed_offsets = nullptr;
   const auto lay_out = [&](char* base) {
     Arena arena{base};
     b.up.data = arena.take<C>(b.wants_dhidden ? b.up.elements(f.out_features) : 0);
     b.kept = arena.take<C>(round_up(f.tokens, kBlock) * b.rank.row);
     sums = arena.take<float>(slabs.count * b.slab_floats());
     left.data = arena.take<C>(call.dx.data ? left.elements(f.out_features) : 0);
+    if (b.wants_delta) {
+      transposed_offsets = arena.take<int64_t>(f.in_features + 1);
+      b.delta.lay_out(arena, f.delta.offsets[f.out_features], f.tokens);
+    }
     return arena.at - base;
   };
   PanelScratch<C> measure;
@@ -236,12 +248,13 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
   char* workspace = take_workspace(lay_out(nullptr) + threads * own_bytes);
   if (!workspace) return false;
   char* const of_threads = workspace + lay_out(workspace);
+  b.delta.offsets = transposed_offsets;
 
   const LanesAreColumns<T, C> up_lanes{f.up, f.rank, f.out_features};
   const LanesAreColumns<T, C> down_lanes{f.down, f.in_features, f.rank};
   const Tokens<T, C> dy{call.dy, f.out_scale};
   const int64_t panels = call.dx.data ? (f.in_features + kPanelLanes - 1) / kPanelLanes : 0;
-  int64_t chunks_taken = 0, slabs_taken = 0, pieces_taken = 0, items_taken = 0;
+  int64_t chunks_taken = 0, slabs_taken = 0, pieces_taken = 0, items_taken = 0, turned_taken = 0;
   run_team(threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
     char* own = of_threads + team.id * own_bytes;
@@ -252,6 +265,9 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
     if (b.wants_dhidden)
       for (int64_t chunk; (chunk = take_next(&chunks_taken)) * kChunk < f.out_features;)
         pack_chunk(b.up, up_lanes, f.out_features, chunk * kChunk, static_cast<C*>(nullptr));
+    if (b.wants_delta && team.id == team.size - 1)
+      transpose_delta(f.delta, f.out_scale, f.out_features, f.in_features, transposed_offsets,
+                      b.delta.entries);
     team.barrier();
     if (b.wants_dhidden || has_sums) {
       for (int64_t slab; (slab = take_next(&slabs_taken)) < slabs.count;) {
@@ -265,6 +281,8 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
       const int64_t n_tokens = least(kTokensAtOnce, f.tokens - begin);
       while (pack_left(left, dy, f.out_features, begin, begin + n_tokens, take_next(&pieces_taken))) {
       }
+      while (b.wants_delta && b.delta.turn(call.dy, begin, n_tokens, take_next(&turned_taken))) {
+      }
       team.barrier();
       const int64_t token_items = (n_tokens + kTokensOfItem - 1) / kTokensOfItem;
       for (int64_t item; (item = take_next(&items_taken)) < panels * token_items;) {
@@ -276,11 +294,11 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
                            strips, r0, static_cast<int>(least(kChunk, f.rank - r0)));
         panel_product(left, right, f.out_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes,
                       scratch, [&](const float* block, int64_t t, int rows) {
-                        b.finish_block(block, begin + t, rows, n0, lanes, scratch);
+                        b.finish_block(block, begin, t, rows, n0, lanes, scratch);
                       });
       }
       team.barrier();
-      if (team.id == 0) pieces_taken = items_taken = 0;
+      if (team.id == 0) pieces_taken = items_taken = turned_taken = 0;
       team.barrier();
     }
   });

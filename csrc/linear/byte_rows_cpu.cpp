@@ -273,18 +273,14 @@ bool by_tokens(const LinearCall& call, const ByteTable& table) {
 
 // A template, so that levels without a dot product of bytes drop the body.
 template <class T, class B>
-bool in_bytes([[maybe_unused]] const LinearCall& call, bool* fits) {
-  *fits = false;
+bool in_bytes([[maybe_unused]] const LinearCall& call) {
   if constexpr (kHasByteDot) {
-    constexpr bool kTwoPlanes = sizeof(typename ComputeType<T>::type) == 2;
-    *fits = !call.weight.data && call.packed.kind != Codes::e4m3 && (kTwoPlanes || call.int8_activations);
-    if (!*fits) return false;
     const ByteTable table(call.packed, call.int8_activations);
     const bool in_nibbles = call.packed.kind == Codes::table;
     if (call.int8_activations)
       return in_nibbles ? by_tokens<T, B, true, false, 1>(call, table)
                         : by_tokens<T, B, false, false, 1>(call, table);
-    if constexpr (kTwoPlanes) {
+    if constexpr (sizeof(typename ComputeType<T>::type) == 2) {
       if (!in_nibbles) return by_tokens<T, B, false, false, 2>(call, table);
       return table.has_low ? by_tokens<T, B, true, true, 2>(call, table)
                            : by_tokens<T, B, true, false, 2>(call, table);
@@ -297,8 +293,8 @@ bool in_bytes([[maybe_unused]] const LinearCall& call, bool* fits) {
 
 namespace TW_ISA {
 
-bool linear_byte_rows(const LinearCall& call, bool* fits) {
-  return by_dtype(call.dtype, [&](auto x) { return in_bytes<decltype(x), ByteUnit<int8_t>>(call, fits); });
+bool linear_byte_rows(const LinearCall& call) {
+  return by_dtype(call.dtype, [&](auto x) { return in_bytes<decltype(x), ByteUnit<int8_t>>(call); });
 }
 
 }  // namespace TW_ISA

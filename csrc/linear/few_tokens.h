@@ -17,6 +17,7 @@ template <class T>
 void finish_outputs(const LinearCall& call, const float* all_hidden, int t, int64_t o, vf y) {
   const int some = static_cast<int>(least(W, call.out_features - o));
   if (some <= 0) return;
+  if (call.delta_sums) y = add(y, load_n(call.delta_sums + t * call.out_features + o, some));
   if (call.bias) y = add(y, load_n(call.bias + o, some));
   if (call.out_scale) y = mul(y, load_n(call.out_scale + o, some));
   if (call.rank > 0) {

@@ -1,5 +1,6 @@
-// Forward for many tokens: y = (x W^T + bias) out_scale + scale hidden up^T, panel by panel.
+// Forward for many tokens: y = (x W^T + x D^T + bias) out_scale + scale hidden up^T, panel by panel.
 #include "common/workspace.h"
+#include "linear/delta.h"
 #include "linear/update.h"
 
 namespace tw {
@@ -10,18 +11,20 @@ namespace {
 template <class T, class C>
 inline void finish_block(const LinearCall& call, const Rank<C>& rank, const C* kept, const float* sums,
                          const float* row_scales, int64_t begin, int64_t t0, int rows, int64_t n0, int lanes,
-                         const PanelScratch<C>& scratch) {
+                         const PanelScratch<C>& scratch, const DeltaProduct<T>& delta) {
   const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
   for (int s = 0; s < lanes; s += kStrip<C>) {
     if (rank.r > 0)
       gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + t0 * rank.row, rank.row,
                            scratch.update + s * rank.row, kStrip<C>, scratch.tile, kStrip<C>);
+    if (call.delta.offsets) delta.tile(scratch.delta, kStrip<C>, t0, n0 + s, least(kStrip<C>, lanes - s));
     const vf scale = set1(call.column_scales ? 1.0f : call.scale);
     for (int r = 0; r < rows; ++r)
       for (int n = s; n < s + kStrip<C> && n < lanes; n += W) {
         const int some = static_cast<int>(least(W, lanes - n));
         vf y = load(sums + r * kSumsRow + n);
         if (row_scales) y = mul(y, set1(row_scales[begin + t0 + r]));
+        if (call.delta.offsets) y = add(y, load(scratch.delta + r * kStrip<C> + (n - s)));
         if (call.bias) y = add(y, load_n(call.bias + n0 + n, some));
         if (call.out_scale) y = mul(y, load_n(call.out_scale + n0 + n, some));
         if (rank.r > 0) y = fma(scale, load(scratch.tile + r * kStrip<C> + (n - s)), y);
@@ -63,12 +66,14 @@ bool forward(const LinearCall& call, const Right& right) {
   const bool reads_apart = call.dropout_p > 0 || call.int8_activations;
   C* kept = nullptr;
   float* row_scales = nullptr;
+  DeltaProduct<T> delta{call.delta.offsets, nullptr, nullptr, nullptr, call.in_features};
   const auto lay_out = [&](char* base) {
     Arena arena{base};
     down.data = arena.take<C>(down.elements(call.in_features));
     left.data = arena.take<C>(left.elements(call.in_features));
     kept = arena.take<C>(left.tokens * rank.row);
     row_scales = arena.take<float>(call.int8_activations ? call.tokens : 0);
+    if (call.delta.offsets) delta.lay_out(arena, call.delta.offsets[call.out_features], call.tokens);
     return arena.at - base;
   };
   HiddenScratch<C> measure;
@@ -82,19 +87,22 @@ bool forward(const LinearCall& call, const Right& right) {
   const Tokens<T, C> dropped{call.x, nullptr, &call};
   const LanesAreRows<T, C> down_rows{call.down, call.rank};
   const LanesAreRows<T, C> up_rows{call.up, call.out_features};
-  int64_t chunks_taken = 0, pieces_taken = 0, blocks_taken = 0, items_taken = 0;
+  int64_t chunks_taken = 0, pieces_taken = 0, blocks_taken = 0, items_taken = 0, turned_taken = 0;
   run_team(threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
     HiddenScratch<C> scratch;
     scratch.lay_out(of_threads + team.id * own_bytes, rank, reads_apart);
     for (int64_t chunk; rank.r > 0 && (chunk = take_next(&chunks_taken)) * kChunk < call.in_features;)
       pack_chunk(down, down_rows, call.in_features, chunk * kChunk, scratch.staged);
+    if (call.delta.offsets) delta.read(call.delta, call.out_features, team.id, team.size);
     for (int64_t t = team.id; row_scales && t < call.tokens; t += team.size)
       row_scales[t] = eight_bit_scale(row_at<T>(call.x, t, 0), call.in_features);
     team.barrier();
     for (int64_t begin = 0; begin < call.tokens; begin += kTokensAtOnce) {
       const int64_t n_tokens = least(kTokensAtOnce, call.tokens - begin);
       while (pack_left(left, tokens, call.in_features, begin, begin + n_tokens, take_next(&pieces_taken))) {
+      }
+      while (call.delta.offsets && delta.turn(call.delta_x, begin, n_tokens, take_next(&turned_taken))) {
       }
       team.barrier();
       if (rank.r > 0) {
@@ -121,11 +129,11 @@ bool forward(const LinearCall& call, const Right& right) {
         panel_product(left, right, call.in_features, t0, least(t0 + kTokensOfItem, n_tokens), n0, lanes,
                       scratch, [&](const float* sums, int64_t t, int rows) {
                         finish_block<T>(call, rank, kept, sums, row_scales, begin, t, rows, n0, lanes,
-                                        scratch);
+                                        scratch, delta);
                       });
       }
       team.barrier();
-      if (team.id == 0) pieces_taken = blocks_taken = items_taken = 0;
+      if (team.id == 0) pieces_taken = blocks_taken = items_taken = turned_taken = 0;
       team.barrier();
     }
   });

@@ -17,6 +17,14 @@ struct Rows {
   int64_t row;
 };
 
+// A sparse D (O, I) by rows: columns[n] and values[n] for offsets[o] <= n < offsets[o + 1].
+struct SparseDelta {
+  const int64_t* offsets;  // (O + 1), or nullptr where there is no D
+  const void* columns;     // uint16_t if short_columns, else int32_t; ascending in a row
+  const void* values;      // bf16 if short_values, else float
+  bool short_columns, short_values;
+};
+
 struct LinearCall {
   DType dtype;  // of x, y, weight, down, up and hidden
   int64_t tokens, in_features, out_features;
@@ -37,7 +45,11 @@ struct LinearCall {
   uint64_t dropout_seed;
   // the base product reads x rounded to 8 bits; of an int8 weight or a table of multiples of one number
   bool int8_activations;
-  const int32_t* input_order;  // (I): which input of the dropout's numbering each column is, or nullptr
+  const int32_t* input_order;  // (I): which input of the numbering of D and of the dropout each column is, or
+                               // nullptr
+  SparseDelta delta;           // added to the weight
+  Rows delta_x;                // (T, I): x in the order of D's columns
+  const float* delta_sums;     // (T, O): the sums of D x where they are made ahead, or nullptr
   int threads;
 };
 
@@ -51,19 +63,34 @@ struct LinearBackwardCall {
   float* dup;          // (R, O): the transpose of the gradient of up
 };
 
+// products[n] = sum_t dy[t][o] x[t][i] for each place n = (o, i) of a sparse matrix.
+struct SampledCall {
+  DType dtype;  // of dy and x
+  int64_t tokens, in_features, out_features;
+  Rows dy, x;
+  SparseDelta at;  // its values are not read
+  float* products;
+  int threads;
+};
+
 // Each returns false if scratch memory cannot be had.
 bool linear_forward(const LinearCall& call);
+bool linear_sampled(const SampledCall& call);
 bool linear_backward(const LinearBackwardCall& call);
 
-// linear_rows and linear_byte_rows are for a few tokens and no dropout; the latter and linear_int8 say
-// whether the call is one for them, and do nothing if not.
-#define TW_LINEAR_KERNELS(level)                             \
-  namespace level {                                          \
-  bool linear_forward(const LinearCall& call);               \
-  bool linear_rows(const LinearCall& call);                  \
-  bool linear_byte_rows(const LinearCall& call, bool* fits); \
-  bool linear_int8(const LinearCall& call, bool* fits);      \
-  bool linear_backward(const LinearBackwardCall& call);      \
+// linear_rows and linear_byte_rows are for a few tokens and no dropout, the latter for levels with a dot
+// product of bytes and for packed weights but e4m3, of bf16 x or with int8_activations. linear_int8 says
+// whether the call is one for it, and does nothing if not. linear_delta makes the sums of D x of a few
+// tokens.
+#define TW_LINEAR_KERNELS(level)                          \
+  namespace level {                                       \
+  bool linear_forward(const LinearCall& call);            \
+  bool linear_rows(const LinearCall& call);               \
+  bool linear_byte_rows(const LinearCall& call);          \
+  bool linear_int8(const LinearCall& call, bool* fits);   \
+  bool linear_backward(const LinearBackwardCall& call);   \
+  bool linear_delta(const LinearCall& call, float* sums); \
+  bool linear_sampled(const SampledCall& call);           \
   }
 TW_LINEAR_KERNELS(portable)
 TW_LINEAR_KERNELS(avx2)

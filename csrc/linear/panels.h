@@ -320,11 +320,12 @@ struct PackedLanesAreColumns {
 // What a thread needs for one item.
 template <class C>
 struct PanelScratch {
-  C* staged;    // kLineRows rows of kLeftRow
-  C* panel;     // strips of kChunk depth
-  C* update;    // strips of the low-rank product's depth
-  float* sums;  // kTokensOfItem rows, padded to kRowStep, of kSumsRow
-  float* tile;  // kBlock rows of kStrip
+  C* staged;     // kLineRows rows of kLeftRow
+  C* panel;      // strips of kChunk depth
+  C* update;     // strips of the low-rank product's depth
+  float* sums;   // kTokensOfItem rows, padded to kRowStep, of kSumsRow
+  float* tile;   // kBlock rows of kStrip
+  float* delta;  // kBlock rows of kStrip
 
   static constexpr int64_t kStrips = kPanelLanes / kStrip<C>;
 
@@ -336,6 +337,7 @@ struct PanelScratch {
     update = arena.take<C>(kPanelLanes * update_depth);
     sums = arena.take<float>((kTokensOfItem + Unit<C>::kRowStep) * kSumsRow);
     tile = arena.take<float>(int64_t{kBlock} * kStrip<C>);
+    delta = arena.take<float>(int64_t{kBlock} * kStrip<C>);
     return arena.at - base;
   }
 };

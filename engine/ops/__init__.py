@@ -1,8 +1,14 @@
 """The front desk: every public operator, on one page."""
 
 from tilewright.ops.attention import ShiftedSegments, flash_attention, flash_decode
-from tilewright.ops.common import PackedWeight
-from tilewright.ops.linear import fused_linear, lora_linear, multi_lora_linear, quantized_linear
+from tilewright.ops.common import PackedWeight, WeightDelta
+from tilewright.ops.linear import (
+    fused_linear,
+    lora_linear,
+    multi_lora_linear,
+    quantized_linear,
+    sampled_product,
+)
 from tilewright.ops.quant import (
     FP4,
     FP8,
@@ -39,6 +45,7 @@ __all__ = [
     "PackedWeight",
     "SavedWeights",
     "ShiftedSegments",
+    "WeightDelta",
     "dequantize_blockwise",
     "dequantize_weight",
     "error_statistics",
@@ -57,6 +64,7 @@ __all__ = [
     "read_compressed_tensors",
     "read_gguf",
     "read_gptq",
+    "sampled_product",
     "save_packed",
     "to_bitsandbytes",
 ]

@@ -10,6 +10,7 @@ import torch
 from tilewright import choose
 from tilewright.direct import may_go_direct
 from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
+from tilewright.ops.common.sparse_delta import WeightDelta
 from tilewright.ops.linear import op, prepared
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
@@ -32,11 +33,12 @@ def fused_linear(
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
     int8_activations: bool = False,
+    delta: WeightDelta | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """A linear layer over a dense or packed weight plus a low-rank update, as one operator.
 
-        y[t] = (W x[t] + bias) out_scale  +  scale up f(down drop(x[t]))
+        y[t] = ((W + D) x[t] + bias) out_scale  +  scale up f(down drop(x[t]))
 
     x                 (T, I) or (..., I) activations; T may be 0
     weight            (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
@@ -52,6 +54,9 @@ def fused_linear(
     int8_activations  round x to 8 bits, one scale a row, and multiply whole numbers: quicker with
                       many tokens, adds an error of about 1 % of a row; packed weights but fp8. The
                       gradient is that of the product without rounding
+    delta             D, sparse (O, I); its product is summed up by itself in float32, of x as it
+                      is, so that values far below the last place of W count. Its values may
+                      require grad: no gradient of W's size is made
     impl              "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"; the last has no
                       backward: with "auto" triton_gpu takes it, and if named the backward raises
 
@@ -65,11 +70,11 @@ def fused_linear(
     cannot run here.
 
     Source: Hu et al., LoRA, arXiv 2106.09685; Dettmers et al., QLoRA, arXiv 2305.14314; He et al.,
-    Towards a unified view of parameter-efficient transfer learning, arXiv 2110.04366.
+    Towards a unified view of parameter-efficient transfer learning, arXiv 2110.04366; for delta
+    Ansell et al., Scaling sparse fine-tuning to large language models, arXiv 2401.16405.
     """
-    is_plain = (
-        type(weight) is PackedWeight and impl == "auto" and down is None and out_scale is None
-    )
+    has_extras = down is not None or out_scale is not None or delta is not None
+    is_plain = impl == "auto" and type(weight) is PackedWeight and not has_extras
     if is_plain:
         ready = prepared.call(x, weight, bias, int8_activations)
         if ready is not None:
@@ -77,7 +82,7 @@ def fused_linear(
     p, x2, o = _describe(
         x, weight, bias, out_scale=out_scale, down=down, up=up, scale=scale,
         activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
-        int8_activations=int8_activations,
+        int8_activations=int8_activations, delta=delta,
     )  # fmt: skip
     if out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled():
         # its gradient needs the base product by itself
@@ -88,7 +93,10 @@ def fused_linear(
         y = base * out_scale.to(base.dtype)
         if o.down is not None:
             zero = torch.zeros_like(out_scale)
-            y = y + op.call_fused_linear(x2, o._replace(bias=None, out_scale=zero), p, impl)
+            alone = o._replace(
+                bias=None, out_scale=zero, delta_offsets=None, delta_columns=None, delta_values=None
+            )
+            y = y + op.call_fused_linear(x2, alone, p._replace(has_delta=False), impl)
     else:
         y = op.call_fused_linear(x2, o, p, impl)
         if is_plain and p.device == "cpu" and may_go_direct(x, weight.codes):
@@ -238,7 +246,7 @@ def multi_lora_linear(
 def _describe(
     x, weight, bias=None, *, out_scale=None, down=None, up=None, scale=1.0, activation="none",
     dropout_p=0.0, dropout_seed=None, int8_activations=False, row_adapters=None,
-    column_adapters=None, column_scales=None, name="fused_linear",
+    column_adapters=None, column_scales=None, delta=None, name="fused_linear",
 ):  # fmt: skip
     """Check everything, and return the problem record, x as (T, I) and the other tensors."""
     packed = weight if isinstance(weight, PackedWeight) else None
@@ -304,6 +312,8 @@ def _describe(
     if packed is not None:
         _expect_whole(name, packed, x)
         operands = _with_packed(operands, packed)
+    if delta is not None:
+        operands = _with_delta(name, operands, delta, x, n_out, n_in)
     nested = None if packed is None else packed.nested
     problem = Problem(
         device=device, dtype=x.dtype, tokens=x2.shape[0], in_features=n_in, out_features=n_out,
@@ -312,6 +322,7 @@ def _describe(
         nested_offset=0.0 if nested is None else float(nested.offset),
         nested_block=0 if nested is None else nested.block, scale=float(scale),
         activation=activation, dropout_p=float(dropout_p), int8_activations=int8_activations,
+        has_delta=delta is not None,
     )  # fmt: skip
     return problem, x2, operands
 
@@ -399,6 +410,24 @@ def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
         input_order=packed.input_order,
         nested_table=None if nested is None else nested.table,
         nested_absmax=None if nested is None else nested.absmax,
+    )
+
+
+def _with_delta(name, operands: Operands, delta: WeightDelta, x, n_out, n_in) -> Operands:
+    if delta.shape != (n_out, n_in):
+        raise ValueError(
+            f"{name}: delta is of shape {delta.shape}, need {(n_out, n_in)}: (O, I) as in weight"
+        )
+    parts = {f"delta's {n}": getattr(delta, n) for n in ("row_offsets", "columns", "values")}
+    expect_device(name, x=x, **parts)
+    delta.expect_whole(name)
+    if delta.values.dtype == torch.float64 and x.dtype != torch.float64:
+        raise ValueError(
+            f"{name}: delta's values are torch.float64 over x of {x.dtype}, "
+            "need float32 or bfloat16"
+        )
+    return operands._replace(
+        delta_offsets=delta.row_offsets, delta_columns=delta.columns, delta_values=delta.values
     )
 
 

@@ -47,6 +47,13 @@ def floats(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.detach().float().contiguous()
 
 
+def _delta(row_offsets, columns, values: torch.Tensor | None = None) -> tuple:
+    return (
+        row_offsets.data_ptr(), columns.data_ptr(), columns.dtype == torch.int16, _address(values),
+        values is not None and values.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
 class _Held:
     """A call's tensors in the layout the kernels read, kept alive until it returns."""
 
@@ -65,6 +72,12 @@ class _Held:
         self.column_adapters = None if o.column_adapters is None else o.column_adapters.contiguous()
         self.column_scales = floats(o.column_scales)
         self.input_order = None if o.input_order is None else o.input_order.int().contiguous()
+        self.delta: tuple | None = None
+        if p.has_delta:
+            d = p.delta(o).map(lambda t: t.detach().contiguous())
+            # its columns are numbered as those of x before it was put into order
+            self.delta_x, self.delta_tensors = _in_rows(x), d
+            self.delta = _delta(d.row_offsets, d.columns, d.values), _rows(self.delta_x)
         self.seed = 0 if o.dropout_seed is None else int(o.dropout_seed.item())
         self.weight_packed = None
         if o.codes is not None:
@@ -90,7 +103,7 @@ class _Held:
         return (
             p.scale, p.activation == "relu", _address(self.row_adapters),
             _address(self.column_adapters), _address(self.column_scales), p.dropout_p, self.seed,
-            _address(self.input_order), p.int8_activations,
+            _address(self.input_order), p.int8_activations, self.delta,
         )  # fmt: skip
 
 
@@ -133,3 +146,14 @@ def backward(dy, x, hidden, o: Operands, p: Problem, wants):
         else held.unordered(ddown).to(o.down.dtype),
         x.new_empty(0) if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
     )  # fmt: skip
+
+
+def sampled_product(dy, x, row_offsets, columns) -> torch.Tensor:
+    dy, x = _in_rows(dy), _in_rows(x)
+    row_offsets, columns = row_offsets.contiguous(), columns.contiguous()
+    products = x.new_empty(columns.shape, dtype=torch.float32)
+    native().linear_sampled(
+        NAMES[x.dtype], (x.shape[0], x.shape[1], dy.shape[1]), _rows(dy), _rows(x),
+        _delta(row_offsets, columns), products.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return products

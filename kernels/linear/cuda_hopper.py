@@ -41,6 +41,8 @@ def why_not(p: Problem) -> str | None:
         return f"the weight is {p.format}, need one of {known}"
     if p.needs_grad:
         return "it has no backward"
+    if p.has_delta:
+        return "no sparse delta yet"
     if p.int8_activations:
         return "it has no int8_activations"
     if p.dropout_p:

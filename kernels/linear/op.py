@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from tilewright import choose
 from tilewright.direct import may_go_direct
 from tilewright.ops.common.packed import decode, eight_bit_table
-from tilewright.ops.linear import reference
+from tilewright.ops.common.sparse_delta import expect_in_range, rows_of
+from tilewright.ops.linear import reference, sampled  # noqa: F401  registers what the backward calls
 from tilewright.ops.linear.problem import DENSE, OPERANDS, Operands, Problem
 
 library = torch.library.Library("tilewright", "FRAGMENT")
@@ -29,9 +30,11 @@ library.define(
 )
 
 N_OPERANDS = len(OPERANDS)
-WEIGHT, BIAS, OUT_SCALE, DOWN, UP = (
-    OPERANDS.index(name) for name in ("weight", "bias", "out_scale", "down", "up")
-)
+WEIGHT, BIAS, OUT_SCALE, DOWN, UP, DELTA_OFFSETS, DELTA_COLUMNS, DELTA_VALUES = (
+    OPERANDS.index(name)
+    for name in ("weight", "bias", "out_scale", "down", "up", "delta_offsets", "delta_columns",
+                 "delta_values")
+)  # fmt: skip
 
 
 def rest(p: Problem, impl: str) -> tuple:
@@ -53,6 +56,7 @@ def _problem(x, *r, needs_grad=False) -> tuple[Problem, Operands, str]:
         group_size=group_size, nested_offset=nested_offset, nested_block=nested_block,
         scale=scale, activation=activation, dropout_p=dropout_p,
         int8_activations=int8_activations, needs_grad=needs_grad,
+        has_delta=o.delta_values is not None,
     )  # fmt: skip
     return problem, o, impl
 
@@ -84,6 +88,10 @@ class _ReferenceImplementation:
         return decode(p.packed(o), eight_bit_table(p.format) if p.int8_activations else None)
 
     @staticmethod
+    def _delta(p: Problem, o: Operands) -> torch.Tensor | None:
+        return p.delta(o).dense().double() if p.has_delta else None
+
+    @staticmethod
     def _low_rank(x: torch.Tensor, p: Problem, o: Operands) -> dict:
         dropped = None
         if p.dropout_p:
@@ -105,11 +113,14 @@ class _ReferenceImplementation:
             codes, scale = reference.quantize_rows(x)
             base, _ = reference.fused_linear(codes * scale, weight, o.bias, o.out_scale)
             zero = torch.zeros_like(weight)
-            update, hidden = reference.fused_linear(x, zero, **cls._low_rank(x, p, o))
+            # neither D nor the update reads rounded x
+            update, hidden = reference.fused_linear(
+                x, zero, None, o.out_scale, delta=cls._delta(p, o), **cls._low_rank(x, p, o)
+            )
             y = base + update
         else:
             y, hidden = reference.fused_linear(
-                x, weight, o.bias, o.out_scale, **cls._low_rank(x, p, o)
+                x, weight, o.bias, o.out_scale, delta=cls._delta(p, o), **cls._low_rank(x, p, o)
             )
         return y.to(x.dtype), hidden.to(x.dtype)
 
@@ -123,7 +134,9 @@ class _ReferenceImplementation:
             ]
             x64, bias, down, up = leaves
             low_rank |= {"down": down, "up": up}
-            y, _ = reference.fused_linear(x64, cls._weight(p, o), bias, o.out_scale, **low_rank)
+            y, _ = reference.fused_linear(
+                x64, cls._weight(p, o), bias, o.out_scale, delta=cls._delta(p, o), **low_rank
+            )
             wanted = [
                 t for t, wants_it in zip(leaves, wants, strict=True) if wants_it and t is not None
             ]
@@ -155,8 +168,16 @@ def _run_forward(x, o: Operands, p: Problem, impl: str):
     return _implementation(choose.choose("fused_linear", impl, p)).forward(x, o, p)
 
 
+def _expect_delta(o: Operands, p: Problem) -> None:
+    """A traced call's delta was seen without its values, and only here has them."""
+    if p.has_delta and p.device == "cpu":
+        d = p.delta(o)
+        expect_in_range("fused_linear", d.row_offsets, d.columns, *d.shape)
+
+
 def _forward(x, *r):
     p, o, impl = _problem(x, *r)
+    _expect_delta(o, p)
     return _run_forward(x, o, p, impl)
 
 
@@ -191,7 +212,11 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     # x serves the gradients of the weight and of an update; of a frozen base nothing weight-sized
     # is new
-    needs_x = r[DOWN] is not None or ctx.needs_input_grad[1 + WEIGHT]
+    needs_x = (
+        r[DOWN] is not None
+        or ctx.needs_input_grad[1 + WEIGHT]
+        or ctx.needs_input_grad[1 + DELTA_VALUES]
+    )
     ctx.in_features = x.shape[1]
     ctx.save_for_backward(x if needs_x else None, output[1], *r[:N_OPERANDS])
     ctx.rest = r[N_OPERANDS:]
@@ -217,7 +242,20 @@ def _autograd_backward(ctx, dy, dhidden):
         out_scale = operands[OUT_SCALE]
         upstream = dy if out_scale is None else dy * out_scale.to(dy.dtype)
         grads[1 + WEIGHT] = upstream.T @ x
+    if needs[1 + DELTA_VALUES]:
+        grads[1 + DELTA_VALUES] = _delta_gradient(dy, x, operands, ctx.rest[-1])
     return tuple(grads)
+
+
+def _delta_gradient(dy, x, operands, impl) -> torch.Tensor:
+    """dvalues[n] = out_scale[o] sum_t dy[t, o] x[t, i] for the place (o, i) of value n."""
+    offsets, columns, values, out_scale = (
+        operands[i] for i in (DELTA_OFFSETS, DELTA_COLUMNS, DELTA_VALUES, OUT_SCALE)
+    )
+    found = torch.ops.tilewright.sampled_product(dy, x, offsets, columns, impl)
+    if out_scale is not None:
+        found = found * out_scale.to(found.dtype)[rows_of(offsets, columns.shape[0])]
+    return found.to(values.dtype)
 
 
 torch.library.register_autograd(
@@ -246,7 +284,7 @@ def call_fused_linear(x, o: Operands, p: Problem, impl: str) -> torch.Tensor:
     if not may_go_direct(x, *[t for t in o if t is not None]):
         return torch.ops.tilewright.fused_linear(x, *o, *rest(p, impl))[0]
     if torch.is_grad_enabled():
-        for t in (x, o.weight, o.bias, o.down, o.up):
+        for t in (x, o.weight, o.bias, o.down, o.up, o.delta_values):
             if t is not None and t.requires_grad:
                 return _FusedLinear.apply(x, *o, *rest(p, impl))[0]
     return _run_forward(x, o, p, impl)[0]

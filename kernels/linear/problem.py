@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from tilewright.ops.common.packed import NestedScales, PackedWeight
+from tilewright.ops.common.sparse_delta import WeightDelta
 
 DENSE = "dense"
 
@@ -27,6 +28,7 @@ class Operands(NamedTuple):
     column_adapters  (R,) int32, adapter of a row of down
     column_scales    (R,) float32, instead of the number `scale`
     dropout_seed     (1,) int64
+    delta_offsets .. the tensors of a WeightDelta
     """
 
     weight: torch.Tensor | None = None
@@ -44,6 +46,9 @@ class Operands(NamedTuple):
     column_adapters: torch.Tensor | None = None
     column_scales: torch.Tensor | None = None
     dropout_seed: torch.Tensor | None = None
+    delta_offsets: torch.Tensor | None = None
+    delta_columns: torch.Tensor | None = None
+    delta_values: torch.Tensor | None = None
 
 
 OPERANDS = Operands._fields
@@ -58,6 +63,7 @@ class Problem(NamedTuple):
     activation        "none" or "relu", between the two low-rank products
     int8_activations  x is rounded to 8 bits a row before it meets the packed weight
     needs_grad        whether a gradient will be asked for
+    has_delta         whether a sparse delta is added to the weight
     """
 
     device: str
@@ -75,6 +81,7 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     int8_activations: bool = False
     needs_grad: bool = False
+    has_delta: bool = False
 
     def packed(self, o: Operands) -> PackedWeight:
         """The packed weight again, from its tensors."""
@@ -88,3 +95,11 @@ class Problem(NamedTuple):
             self.format, self.out_features, self.in_features, self.group_size, o.codes, o.scales,
             o.offsets, o.input_order, nested, self.dtype,
         )  # fmt: skip
+
+    def delta(self, o: Operands) -> WeightDelta:
+        """The delta again, from its tensors."""
+        assert o.delta_offsets is not None and o.delta_columns is not None
+        assert o.delta_values is not None
+        return WeightDelta(
+            self.out_features, self.in_features, o.delta_offsets, o.delta_columns, o.delta_values
+        )

@@ -49,7 +49,7 @@ def quantize_rows(x):
 
 def fused_linear(
     x, weight, bias=None, out_scale=None, down=None, up=None, scale=1.0, activation="none",
-    dropped=None, row_adapters=None, column_adapters=None, column_scales=None,
+    dropped=None, row_adapters=None, column_adapters=None, column_scales=None, delta=None,
 ):  # fmt: skip
     """y (T, O) and hidden (T, R), float64, from x (T, I) and the decoded weight (O, I).
 
@@ -57,8 +57,10 @@ def fused_linear(
     row_adapters     (T,) the adapter of each row, -1 for none; with it
     column_adapters  (R,) the adapter of each row of down
     column_scales    (R,) factors that take the place of scale
+    delta            (O, I) what is added to the weight, or None
     """
-    y = x.double() @ weight.double().T
+    weight = weight.double() if delta is None else weight.double() + delta.double()
+    y = x.double() @ weight.T
     if bias is not None:
         y = y + bias.double()
     if out_scale is not None:
@@ -74,3 +76,8 @@ def fused_linear(
         hidden = torch.where(row_adapters[:, None] == column_adapters[None, :], hidden, 0.0)
         factor = column_scales.double()
     return y + (hidden * factor) @ up.double().T, hidden
+
+
+def sampled_product(dy, x, rows, columns):
+    """products[n] = sum_t dy[t, rows[n]] x[t, columns[n]], (N,) float64: some of dy^T x."""
+    return (dy.double().T @ x.double())[rows, columns]
