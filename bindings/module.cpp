@@ -14,6 +14,7 @@ void register_attention(py::module_& m);
 void register_ceilings(py::module_& m);
 void register_linear(py::module_& m);
 void register_quant(py::module_& m);
+void register_sparse(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of tilewright";
@@ -39,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
   register_ceilings(m);
   register_linear(m);
   register_quant(m);
+  register_sparse(m);
 }

@@ -134,6 +134,27 @@ inline void copy_row(C* to, const T* from, int64_t stride, int n, int padded) {
   for (; i < padded; ++i) to[i] = from_float<C>(0.0f);
 }
 
+// to[c][r] = from[r][c], rows of `to` ld apart: any numbers of rows and columns, zeros from n_rows up to ld,
+// which is a multiple of W.
+template <class C, class T>
+inline void turn_rows(C* to, int64_t ld, const T* from, int64_t stride, int64_t n_rows, int64_t n_columns) {
+  for (int64_t r = 0; r < ld; r += W)
+    for (int64_t c = 0; c < n_columns; c += W) {
+      const int some = static_cast<int>(least(W, n_columns - c));
+      vf square[W];
+      for (int i = 0; i < W; ++i) {
+        if (r + i >= n_rows) {
+          square[i] = zero();
+          continue;
+        }
+        const T* at = from + (r + i) * stride + c;
+        square[i] = some == W ? load(at) : load_n(at, some);
+      }
+      transpose(square);
+      for (int i = 0; i < some; ++i) store(to + (c + i) * ld + r, square[i]);
+    }
+}
+
 // 32-bit transpose: to[c][r] = from[r][c]; rows and cols are multiples of W.
 inline void transpose_words(float* to, int64_t ld_to, const float* from, int64_t ld_from, int rows,
                             int cols) {

@@ -90,7 +90,7 @@ struct Backward {
   const int64_t dup_row = round_up(f.out_features, kChunk), ddown_row = round_up(f.in_features, kChunk);
   PackedRight<C> up{nullptr, rank.lanes, rank.used};  // lanes are the rank, depth is O
   C* kept = nullptr;                                  // dhidden, rows of rank.row
-  DeltaProduct<T> delta{nullptr, nullptr, nullptr, f.input_order, f.out_features};  // of D's transpose
+  DeltaProduct<T> delta{nullptr, f.input_order, f.in_features, f.out_features};  // of D's transpose
   const bool wants_delta = f.delta.offsets && call.dx.data;
 
   int64_t dup_floats() const { return call.dup ? rank.rows * dup_row : 0; }
@@ -189,6 +189,7 @@ struct Backward {
   void finish_block(const float* sums, int64_t begin, int64_t t0, int rows, int64_t n0, int lanes,
                     const PanelScratch<C>& scratch) const {
     const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
+    if (wants_delta) delta.begin_block(scratch.delta, t0, n0, lanes);
     for (int s = 0; s < lanes; s += kStrip<C>) {
       const int used = static_cast<int>(least(kStrip<C>, lanes - s));
       if (rank.r > 0) {
@@ -198,12 +199,11 @@ struct Backward {
           for (int r = 0; r < rows; ++r)
             drop_row(scratch.tile + r * kStrip<C>, f, begin + t0 + r, n0 + s, used);
       }
-      if (wants_delta) delta.tile(scratch.delta, kStrip<C>, t0, n0 + s, used);
       for (int r = 0; r < rows; ++r)
         for (int n = 0; n < used; n += W) {
           const int some = static_cast<int>(least(W, used - n));
           vf dx = load(sums + r * kSumsRow + s + n);
-          if (wants_delta) dx = add(dx, load(scratch.delta + r * kStrip<C> + n));
+          if (wants_delta) dx = add(dx, delta.sums_at(scratch.delta, t0 + r, s + n));
           if (rank.r > 0) dx = add(dx, load(scratch.tile + r * kStrip<C> + n));
           T* to = out_at<T>(call.dx, begin + t0 + r, n0 + s + n);
           if (some == W)
@@ -244,7 +244,8 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
   PanelScratch<C> measure;
   SlabScratch<C> measure_slab;
   // a thread is done with its slabs when its panels begin
-  const int64_t own_bytes = most(measure.lay_out(nullptr, b.rank.row), measure_slab.lay_out(nullptr, b.rank));
+  const int64_t own_bytes =
+      most(measure.lay_out(nullptr, b.rank.row, b.wants_delta), measure_slab.lay_out(nullptr, b.rank));
   char* workspace = take_workspace(lay_out(nullptr) + threads * own_bytes);
   if (!workspace) return false;
   char* const of_threads = workspace + lay_out(workspace);
@@ -259,7 +260,7 @@ bool backward(const LinearBackwardCall& call, const Right& right) {
     const MatrixUnit unit_is_ready;
     char* own = of_threads + team.id * own_bytes;
     PanelScratch<C> scratch;
-    scratch.lay_out(own, b.rank.row);
+    scratch.lay_out(own, b.rank.row, b.wants_delta);
     SlabScratch<C> slab_scratch;
     slab_scratch.lay_out(own, b.rank);
     if (b.wants_dhidden)

@@ -49,53 +49,29 @@ inline void transpose_delta(const SparseDelta& d, const float* factors, int64_t 
   offsets[0] = 0;
 }
 
-// to[column][t] for the columns from `column` on, tokens side by side, `ld` of them, zeros past n_tokens.
-template <class C, class T>
-inline void turn_tokens(C* to, int64_t ld, const Rows& rows, int64_t t0, int64_t n_tokens, int64_t column,
-                        int64_t n_columns) {
-  for (int64_t t = 0; t < ld; t += W)
-    for (int64_t c = 0; c < n_columns; c += W) {
-      const int some = static_cast<int>(least(W, n_columns - c));
-      vf square[W];
-      for (int i = 0; i < W; ++i) {
-        if (t + i >= n_tokens) {
-          square[i] = zero();
-          continue;
-        }
-        const T* at = row_at<T>(rows, t0 + t + i, column + c);
-        square[i] = some == W ? load(at) : load_n(at, some);
-      }
-      transpose(square);
-      for (int i = 0; i < some; ++i) store(to + (c + i) * ld + t, square[i]);
-    }
-}
-
-// Tokens times the rows of a sparse matrix, block by block as the panels' sums are.
+// Tokens times the rows of a sparse matrix, in steps along the tokens of an item.
 template <class T>
 struct DeltaProduct {
   const int64_t* offsets;  // of each row
-  DeltaEntry* entries;
-  T* turned;             // [block][column][token]
-  const int32_t* order;  // which row a lane is, or nullptr: its own
-  int64_t columns;
+  const int32_t* order;    // which row a lane is, or nullptr: its own
+  int64_t n_rows, columns;
+  DeltaEntry* entries = nullptr;
+  T* turned = nullptr;  // [step][column][token]
 
-  static constexpr int64_t kBlocksOfItem = (kTokensOfItem + kBlock - 1) / kBlock;
-  static constexpr int kVectors = kBlock / W % 3 == 0 ? 3 : 2;  // of tokens, summed up at once
+  static constexpr int kTokens = kDeltaTokens;
+  static constexpr int64_t kStepsOfItem = (kTokensOfItem + kTokens - 1) / kTokens;
   static constexpr int64_t kColumnsAtOnce = 512;
-  static_assert(kBlock % (kVectors * W) == 0, "a block is whole vectors");
 
-  static int64_t block_of(int64_t t) {
-    return t / kTokensOfItem * kBlocksOfItem + t % kTokensOfItem / kBlock;
-  }
+  static int64_t step_of(int64_t t) { return t / kTokensOfItem * kStepsOfItem + t % kTokensOfItem / kTokens; }
 
   void lay_out(Arena& arena, int64_t n, int64_t tokens) {
-    const int64_t last = least(tokens, kTokensAtOnce) - 1;
+    const int64_t steps = tokens > 0 ? step_of(least(tokens, kTokensAtOnce) - 1) + 1 : 0;
     entries = arena.take<DeltaEntry>(n);
-    turned = arena.take<T>(tokens > 0 ? (block_of(last) + 1) * columns * kBlock : 0);
+    turned = arena.take<T>(steps * columns * kTokens);
   }
 
   // Entries as they stand in the rows; `part` of `parts`.
-  void read(const SparseDelta& d, int64_t n_rows, int part, int parts) const {
+  void read(const SparseDelta& d, int part, int parts) const {
     const int64_t n = d.offsets[n_rows];
     with_delta_types(d, [&](const auto* at, const auto* values) {
       for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i)
@@ -104,56 +80,83 @@ struct DeltaProduct {
   }
 
   // Turns the `piece`-th part of n_tokens tokens from `begin` on; returns false past the last.
-  bool turn(const Rows& rows, int64_t begin, int64_t n_tokens, int64_t piece) const {
+  bool turn(const Rows& from, int64_t begin, int64_t n_tokens, int64_t piece) const {
     const int64_t chunks = (columns + kColumnsAtOnce - 1) / kColumnsAtOnce;
-    if (chunks == 0 || piece / chunks > block_of(n_tokens - 1)) return false;
-    const int64_t block = piece / chunks, c = piece % chunks * kColumnsAtOnce;
-    const int64_t t = block / kBlocksOfItem * kTokensOfItem + block % kBlocksOfItem * kBlock;
-    const int64_t item_end = round_up(t + 1, kTokensOfItem);
-    turn_tokens<T, T>(turned + (block * columns + c) * kBlock, kBlock, rows, begin + t,
-                      least(kBlock, least(item_end, n_tokens) - t), c, least(kColumnsAtOnce, columns - c));
+    if (chunks == 0 || piece / chunks > step_of(n_tokens - 1)) return false;
+    const int64_t step = piece / chunks, c = piece % chunks * kColumnsAtOnce;
+    const int64_t t = step / kStepsOfItem * kTokensOfItem + step % kStepsOfItem * kTokens;
+    const int64_t end = least(round_up(t + 1, kTokensOfItem), n_tokens);
+    turn_rows(turned + (step * columns + c) * kTokens, kTokens, row_at<T>(from, begin + t, c), from.row,
+              least(kTokens, end - t), least(kColumnsAtOnce, columns - c));
     return true;
   }
 
-  // to[t][n], `ld` apart: the block of tokens that begins at t0 of those turned, times `n_rows` rows from
-  // `row` on; zeros up to whole vectors.
-  void tile(float* to, int64_t ld, int64_t t0, int64_t row, int64_t n_rows) const {
-    const T* x = turned + block_of(t0) * columns * kBlock;
-    alignas(64) float sums[W * kBlock];  // [row][token]
-    for (int64_t n = 0; n < n_rows; n += W) {
+  // Makes the sums of a panel's lanes, if a step begins with token t of those turned.
+  void begin_block(float* sums, int64_t t, int64_t n0, int lanes) const {
+    if (t % kTokensOfItem % kTokens != 0) return;
+    const T* x = turned + step_of(t) * columns * kTokens;
+    alignas(64) float found[W * kTokens];  // [row][place of a token]
+    for (int n = 0; n < lanes; n += W) {
       for (int i = 0; i < W; ++i) {
-        const int64_t lane = row + n + i, o = n + i < n_rows ? order ? order[lane] : lane : -1;
-        add_up_row(sums + i * kBlock, x, o < 0 ? 0 : offsets[o], o < 0 ? 0 : offsets[o + 1]);
+        const int64_t lane = n0 + n + i, row = n + i >= lanes ? -1 : order ? order[lane] : lane;
+        for (int at = 0; at < kTokens; at += kVectors * W)
+          add_up_row(found + i * kTokens + at, x + at, row < 0 ? 0 : offsets[row],
+                     row < 0 ? 0 : offsets[row + 1]);
       }
-      for (int t = 0; t < kBlock; t += W) {
+      for (int at = 0; at < kTokens; at += W) {
         vf square[W];
-        for (int i = 0; i < W; ++i) square[i] = load(sums + i * kBlock + t);
+        for (int i = 0; i < W; ++i) square[i] = load(found + i * kTokens + at);
         transpose(square);
-        for (int i = 0; i < W; ++i) store(to + (t + i) * ld + n, square[i]);
+        for (int i = 0; i < W; ++i) store(sums + n * kTokens + token_at(at + i) * W, square[i]);
       }
     }
+  }
+
+  // The sums of token t of those turned, from lane n of the panel on: a multiple of W.
+  static vf sums_at(const float* sums, int64_t t, int n) {
+    return load(sums + n * kTokens + t % kTokensOfItem % kTokens * W);
+  }
+
+ private:
+  // of tokens, summed up at once
+  static constexpr int kVectors = kTokens / W % 4 == 0 ? 4 : kTokens / W % 2 == 0 ? 2 : 3;
+  static_assert(kTokens % (kVectors * W) == 0, "whole vectors");
+
+  // bf16 is taken two vectors at once: even tokens, then odd ones
+  static constexpr bool kInPairs = wide_place<T>(1) != 1;
+  static int token_at(int place) {
+    const int at = place % (kVectors * W);
+    if (!kInPairs || at >= kVectors / 2 * 2 * W) return place;
+    return place - at + at / (2 * W) * (2 * W) + at % W * 2 + at % (2 * W) / W;
   }
 
   void add_up_row(float* to, const T* x, int64_t begin, int64_t end) const {
-    for (int t = 0; t < kBlock; t += kVectors * W) {
-      vf even[kVectors], odd[kVectors];
+    vf even[kVectors], odd[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = zero();
-      int64_t n = begin;
-      for (; n + 1 < end; n += 2) {
-        add_entry(even, x + t, entries[n]);
-        add_entry(odd, x + t, entries[n + 1]);
-      }
-      if (n < end) add_entry(even, x + t, entries[n]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(to + t + v * W, add(even[v], odd[v]));
+    for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = zero();
+    int64_t n = begin;
+    for (; n + 1 < end; n += 2) {
+      add_entry(even, x, entries[n]);
+      add_entry(odd, x, entries[n + 1]);
     }
+    if (n < end) add_entry(even, x, entries[n]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(to + v * W, add(even[v], odd[v]));
   }
 
-  [[gnu::always_inline]] static void add_entry(vf (&sums)[kVectors], const T* x, const DeltaEntry& entry) {
-    const T* at = x + static_cast<int64_t>(entry.column) * kBlock;
+  [[gnu::always_inline]] static void add_entry(vf (&to)[kVectors], const T* x, const DeltaEntry& entry) {
+    const T* column = x + int64_t{entry.column} * kTokens;
+    const vf value = set1(entry.value);
+    constexpr int kPaired = kInPairs ? kVectors / 2 * 2 : 0;
+#pragma GCC unroll 2
+    for (int v = 0; v < kPaired; v += 2) {
+      vf first, second;
+      load_wide(column + v * W, first, second);
+      to[v] = fma(value, first, to[v]);
+      to[v + 1] = fma(value, second, to[v + 1]);
+    }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[v] = fma(set1(entry.value), load(at + v * W), sums[v]);
+    for (int v = kPaired; v < kVectors; ++v) to[v] = fma(value, load(column + v * W), to[v]);
   }
 };
 

@@ -78,7 +78,7 @@ bool delta_of_few(const LinearCall& call, float* sums) {
       take_workspace((in_lanes ? ld : call.tokens) * most(n_in, 1) * static_cast<int64_t>(sizeof(float))));
   if (!x) return false;
   if (in_lanes)
-    turn_tokens<float, T>(x, ld, call.delta_x, 0, call.tokens, 0, n_in);
+    turn_rows(x, ld, row_at<T>(call.delta_x, 0, 0), call.delta_x.row, call.tokens, n_in);
   else
     for (int64_t t = 0; t < call.tokens; ++t)
       for (int64_t i = 0; i < n_in; i += W) {
@@ -176,8 +176,9 @@ bool sampled(const SampledCall& call) {
       for (int64_t piece; (piece = take_next(&pieces_taken)) < of_both;) {
         const bool is_x = piece < of_x;
         const int64_t c = (is_x ? piece : piece - of_x) * kRowsAtOnce;
-        turn_tokens<C, T>((is_x ? x : dy) + c * depth, depth, is_x ? call.x : call.dy, t0, n_tokens, c,
-                          least(kRowsAtOnce, (is_x ? n_in : n_out) - c));
+        const Rows& from = is_x ? call.x : call.dy;
+        turn_rows((is_x ? x : dy) + c * depth, depth, row_at<T>(from, t0, c), from.row, n_tokens,
+                  least(kRowsAtOnce, (is_x ? n_in : n_out) - c));
       }
       team.barrier();
       for (int64_t row; (row = take_next(&rows_taken) * kRowsAtOnce) < n_out;)

@@ -6,25 +6,25 @@
 namespace tw {
 namespace {
 
-// y of a block from its base sums and, in `tile`, the update's. The block is at token t0 of those packed,
+// y of a block from its base sums, D's, and in `tile` the update's. The block is at token t0 of those packed,
 // which begin at `begin`.
 template <class T, class C>
 inline void finish_block(const LinearCall& call, const Rank<C>& rank, const C* kept, const float* sums,
                          const float* row_scales, int64_t begin, int64_t t0, int rows, int64_t n0, int lanes,
                          const PanelScratch<C>& scratch, const DeltaProduct<T>& delta) {
   const int padded = static_cast<int>(round_up(rows, Unit<C>::kRowStep));
+  if (delta.offsets) delta.begin_block(scratch.delta, t0, n0, lanes);
   for (int s = 0; s < lanes; s += kStrip<C>) {
     if (rank.r > 0)
       gemm<C, Start::zero>(padded, kStrip<C>, rank.depth, kept + t0 * rank.row, rank.row,
                            scratch.update + s * rank.row, kStrip<C>, scratch.tile, kStrip<C>);
-    if (call.delta.offsets) delta.tile(scratch.delta, kStrip<C>, t0, n0 + s, least(kStrip<C>, lanes - s));
     const vf scale = set1(call.column_scales ? 1.0f : call.scale);
     for (int r = 0; r < rows; ++r)
       for (int n = s; n < s + kStrip<C> && n < lanes; n += W) {
         const int some = static_cast<int>(least(W, lanes - n));
         vf y = load(sums + r * kSumsRow + n);
         if (row_scales) y = mul(y, set1(row_scales[begin + t0 + r]));
-        if (call.delta.offsets) y = add(y, load(scratch.delta + r * kStrip<C> + (n - s)));
+        if (delta.offsets) y = add(y, delta.sums_at(scratch.delta, t0 + r, n));
         if (call.bias) y = add(y, load_n(call.bias + n0 + n, some));
         if (call.out_scale) y = mul(y, load_n(call.out_scale + n0 + n, some));
         if (rank.r > 0) y = fma(scale, load(scratch.tile + r * kStrip<C> + (n - s)), y);
@@ -43,8 +43,8 @@ struct HiddenScratch : PanelScratch<C> {
   C* left;             // a block of tokens, where the update reads others than the base product
   float* hidden_sums;  // of a block
 
-  int64_t lay_out(char* base, const Rank<C>& rank, bool reads_apart) {
-    Arena arena{base + PanelScratch<C>::lay_out(base, rank.row)};
+  int64_t lay_out(char* base, const Rank<C>& rank, bool reads_apart, bool has_delta) {
+    Arena arena{base + PanelScratch<C>::lay_out(base, rank.row, has_delta)};
     left = arena.take<C>(reads_apart ? kBlock * kLeftRow : 0);
     hidden_sums = arena.take<float>(int64_t{kBlock} * rank.lanes);
     return arena.at - base;
@@ -66,18 +66,18 @@ bool forward(const LinearCall& call, const Right& right) {
   const bool reads_apart = call.dropout_p > 0 || call.int8_activations;
   C* kept = nullptr;
   float* row_scales = nullptr;
-  DeltaProduct<T> delta{call.delta.offsets, nullptr, nullptr, nullptr, call.in_features};
+  DeltaProduct<T> delta{call.delta.offsets, nullptr, call.out_features, call.in_features};
   const auto lay_out = [&](char* base) {
     Arena arena{base};
     down.data = arena.take<C>(down.elements(call.in_features));
     left.data = arena.take<C>(left.elements(call.in_features));
     kept = arena.take<C>(left.tokens * rank.row);
     row_scales = arena.take<float>(call.int8_activations ? call.tokens : 0);
-    if (call.delta.offsets) delta.lay_out(arena, call.delta.offsets[call.out_features], call.tokens);
+    if (delta.offsets) delta.lay_out(arena, call.delta.offsets[call.out_features], call.tokens);
     return arena.at - base;
   };
   HiddenScratch<C> measure;
-  const int64_t own_bytes = measure.lay_out(nullptr, rank, reads_apart);
+  const int64_t own_bytes = measure.lay_out(nullptr, rank, reads_apart, delta.offsets);
   char* workspace = take_workspace(lay_out(nullptr) + threads * own_bytes);
   if (!workspace) return false;
   char* const of_threads = workspace + lay_out(workspace);
@@ -91,10 +91,10 @@ bool forward(const LinearCall& call, const Right& right) {
   run_team(threads, [&](const Team& team) {
     const MatrixUnit unit_is_ready;
     HiddenScratch<C> scratch;
-    scratch.lay_out(of_threads + team.id * own_bytes, rank, reads_apart);
+    scratch.lay_out(of_threads + team.id * own_bytes, rank, reads_apart, delta.offsets);
     for (int64_t chunk; rank.r > 0 && (chunk = take_next(&chunks_taken)) * kChunk < call.in_features;)
       pack_chunk(down, down_rows, call.in_features, chunk * kChunk, scratch.staged);
-    if (call.delta.offsets) delta.read(call.delta, call.out_features, team.id, team.size);
+    if (delta.offsets) delta.read(call.delta, team.id, team.size);
     for (int64_t t = team.id; row_scales && t < call.tokens; t += team.size)
       row_scales[t] = eight_bit_scale(row_at<T>(call.x, t, 0), call.in_features);
     team.barrier();
@@ -102,7 +102,7 @@ bool forward(const LinearCall& call, const Right& right) {
       const int64_t n_tokens = least(kTokensAtOnce, call.tokens - begin);
       while (pack_left(left, tokens, call.in_features, begin, begin + n_tokens, take_next(&pieces_taken))) {
       }
-      while (call.delta.offsets && delta.turn(call.delta_x, begin, n_tokens, take_next(&turned_taken))) {
+      while (delta.offsets && delta.turn(call.delta_x, begin, n_tokens, take_next(&turned_taken))) {
       }
       team.barrier();
       if (rank.r > 0) {

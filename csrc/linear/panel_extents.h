@@ -17,6 +17,9 @@ constexpr int kTokensOfItem = 512;                // that a thread takes with on
 constexpr int64_t kTokensAtOnce = 1024;           // whose left side is packed ahead
 static_assert(kTokensAtOnce % kTokensOfItem == 0, "an item's tokens are packed by one pass");
 
+constexpr int kDeltaTokens = kHasMatrixUnit ? 64 : 48;  // that a value of D meets at once; whole blocks
+static_assert(kDeltaTokens % kBlock == 0, "sums of D are there when a block's are whole");
+
 constexpr int64_t kSumsRow = kPanelLanes + 16;  // floats: rows of sums start in different cache sets
 
 }  // namespace

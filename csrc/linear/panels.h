@@ -325,19 +325,19 @@ struct PanelScratch {
   C* update;     // strips of the low-rank product's depth
   float* sums;   // kTokensOfItem rows, padded to kRowStep, of kSumsRow
   float* tile;   // kBlock rows of kStrip
-  float* delta;  // kBlock rows of kStrip
+  float* delta;  // of D, of kDeltaTokens tokens and all lanes
 
   static constexpr int64_t kStrips = kPanelLanes / kStrip<C>;
 
   // Returns the bytes; with nullptr it only measures.
-  int64_t lay_out(char* base, int64_t update_depth) {
+  int64_t lay_out(char* base, int64_t update_depth, bool has_delta) {
     Arena arena{base};
     staged = arena.take<C>(kLineRows * kLeftRow);
     panel = arena.take<C>(kStrips * kStripElements<C>);
     update = arena.take<C>(kPanelLanes * update_depth);
     sums = arena.take<float>((kTokensOfItem + Unit<C>::kRowStep) * kSumsRow);
     tile = arena.take<float>(int64_t{kBlock} * kStrip<C>);
-    delta = arena.take<float>(int64_t{kBlock} * kStrip<C>);
+    delta = arena.take<float>(has_delta ? int64_t{kPanelLanes} * kDeltaTokens : 0);
     return arena.at - base;
   }
 };

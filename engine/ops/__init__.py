@@ -33,6 +33,18 @@ from tilewright.ops.quant import (
     save_packed,
     to_bitsandbytes,
 )
+from tilewright.ops.sparse import (
+    Regrowth,
+    SavedDeltas,
+    largest_gradients,
+    load_deltas,
+    merge_delta,
+    regrow_by_extremes,
+    regrow_by_gradient,
+    save_deltas,
+    share_to_regrow,
+    unmerge_delta,
+)
 
 __all__ = [
     "FP4",
@@ -43,6 +55,8 @@ __all__ = [
     "Int4",
     "Int8",
     "PackedWeight",
+    "Regrowth",
+    "SavedDeltas",
     "SavedWeights",
     "ShiftedSegments",
     "WeightDelta",
@@ -52,8 +66,11 @@ __all__ = [
     "flash_attention",
     "flash_decode",
     "fused_linear",
+    "largest_gradients",
+    "load_deltas",
     "load_packed",
     "lora_linear",
+    "merge_delta",
     "multi_lora_linear",
     "quantize_activations",
     "quantize_blockwise",
@@ -64,7 +81,12 @@ __all__ = [
     "read_compressed_tensors",
     "read_gguf",
     "read_gptq",
+    "regrow_by_extremes",
+    "regrow_by_gradient",
     "sampled_product",
+    "save_deltas",
     "save_packed",
+    "share_to_regrow",
     "to_bitsandbytes",
+    "unmerge_delta",
 ]
