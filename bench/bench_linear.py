@@ -32,6 +32,8 @@ CASES = {
     "int4-1-wide": dict(T=1, format="int4", **WIDE, **ONE),
     "nf4-1-wide": dict(T=1, format="nf4", **WIDE, **ONE),
     "int4-16": dict(T=16, format="int4", **SQUARE, **ONE),
+    "int4-1-int8-activations": dict(T=1, format="int4", a8=True, **SQUARE, **ONE),
+    "int4-16-int8-activations": dict(T=16, format="int4", a8=True, **SQUARE, **ONE),
     "int4-128": dict(T=128, format="int4", **SQUARE, **TRAINED),
     "nf4-512": dict(T=512, format="nf4", **SQUARE, **TRAINED),
     "int4-2k": dict(T=2048, format="int4", **SQUARE, **TRAINED),
@@ -165,9 +167,10 @@ def _torch_int8(format: str, n_out: int, n_in: int):
 def torch_int_mm(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
     """Rows of x rounded to 8 bits, torch's product of int8, and the scales."""
     codes, weight_scale = _torch_int8(case["format"], case["O"], case["I"])
-    scale = x.abs().amax(1, keepdim=True) / 127
-    product = torch._int_mm((x / scale).round().to(torch.int8), codes)
-    return (product * (scale.float() * weight_scale)).to(x.dtype)
+    x32 = x.float()  # in bf16 the largest would become 128, which wraps around
+    scale = x32.abs().amax(1, keepdim=True) / 127
+    product = torch._int_mm((x32 / scale).round().to(torch.int8), codes)
+    return (product * (scale * weight_scale)).to(x.dtype)
 
 
 def _installed(*names: str) -> bool:

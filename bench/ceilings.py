@@ -59,7 +59,7 @@ def measure(device: str, seconds: float = 0.1) -> Ceilings:
         bf16_dot=_loop_rate(module.ceiling_bf16_dot, threads, seconds),
         int8_dot=_loop_rate(module.ceiling_int8_dot, threads, seconds),
         read=_read_rate(module.ceiling_read, threads),
-        how=f"{threads} threads: multiply-adds in registers at level {module.best_isa()}; "
+        how=f"{threads} threads: multiply-adds in registers at level {module.isa()}; "
         f"sum over {READ_BYTES >> 20} MiB",
     )
 

@@ -101,6 +101,36 @@ void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradien
   expect_memory(tw::linear_backward(call));
 }
 
+// A packed weight's call without a gradient or an update: all but x, bias and y is known beforehand.
+class PreparedLinear {
+ public:
+  PreparedLinear(const std::string& dtype, int64_t n_in, int64_t n_out, const py::tuple& packed,
+                 bool int8_activations) {
+    const py::tuple none = py::make_tuple(0, 0);
+    const py::tuple rule = py::make_tuple(1.0, false, 0, 0, 0, 0.0, 0, 0, int8_activations, py::none());
+    call_ = call_of(dtype, py::make_tuple(0, n_in, n_out, 0), none, none, none, packed, 0, 0, none, none,
+                    none, rule, 1);
+  }
+
+  // x (tokens, I) and y (tokens, O), rows without a gap
+  void run(int64_t x, int64_t tokens, int64_t y, int64_t bias, int threads) const {
+    TW_CHECK(tokens >= 0, "fused_linear: negative extent");
+    TW_CHECK(threads >= 1, "fused_linear: threads is ", threads, ", need at least 1");
+    tw::LinearCall call = call_;
+    call.x = {reinterpret_cast<void*>(x), call.in_features};
+    call.y = {reinterpret_cast<void*>(y), call.out_features};
+    call.tokens = tokens;
+    call.bias = reinterpret_cast<const float*>(bias);
+    call.threads = threads;
+    if (tokens == 0 || call.out_features == 0) return;
+    py::gil_scoped_release release;
+    expect_memory(tw::linear_forward(call));
+  }
+
+ private:
+  tw::LinearCall call_;
+};
+
 void sampled(const std::string& dtype, const py::tuple& extents, const py::tuple& dy, const py::tuple& x,
              const py::tuple& at, int64_t products, int threads) {
   tw::SampledCall call = {};
@@ -122,6 +152,9 @@ void sampled(const std::string& dtype, const py::tuple& extents, const py::tuple
 }  // namespace
 
 void register_linear(py::module_& m) {
+  py::class_<PreparedLinear>(m, "PreparedLinear")
+      .def(py::init<const std::string&, int64_t, int64_t, const py::tuple&, bool>())
+      .def("__call__", &PreparedLinear::run);
   m.def("linear_forward", &forward);
   m.def("linear_backward", &backward);
   m.def("linear_sampled", &sampled);

@@ -26,8 +26,9 @@ from tilewright import choose, ops
 from tilewright.ops.common.packed import FORMATS, decode, pack_codes
 from tilewright.ops.linear import cpp_cpu
 
-# the row kernel takes 1, 2, 4, 8 and 16 tokens, panels more (a matrix unit: from 5 on); blocks are
-# 48 or 32 tokens, items 512, and 1024 are packed ahead
+# the kernels for few tokens take 1, 2, 4, 8 or 16 at once, in all up to 16 in floats and 32
+# in bytes (beside a matrix unit 4, and 8 of one byte), panels more; blocks are 48 or 32 tokens,
+# items 512, and 1024 are packed ahead
 FEW_TOKENS = (1, 2, 3, 4, 5, 15, 16, 17)
 SOME_TOKENS = (31, 32, 33, 47, 48, 49)
 MANY_TOKENS = (511, 513, 1023, 1025)
@@ -45,7 +46,7 @@ CASES, IN_TURN = {}, {}
 for tokens in FEW_TOKENS + SOME_TOKENS:
     CASES[f"T{tokens}-dense"] = Case(tokens, 72, 83, 3, bias=True)
     CASES[f"T{tokens}-nf4"] = Case(tokens, 72, 83, 3, "nf4", 24, bias=True)
-for tokens in FEW_TOKENS:
+for tokens in FEW_TOKENS + SOME_TOKENS[:3]:
     CASES[f"T{tokens}-int8"] = Case(tokens, 75, 70, 2, "int8", out_scale=True)
     CASES[f"T{tokens}-uint4"] = Case(tokens, 75, 70, 2, "uint4", 16, offsets=True, out_scale=True)
 for tokens in MANY_TOKENS:
@@ -298,16 +299,23 @@ def test_named_functions_are_fused_linear(impl_once):
                                                       impl=impl_once.name))  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", (0, 4))
+@pytest.mark.parametrize("tokens", (1, 7, 24, 40))
 @pytest.mark.parametrize("format", [f for f in FORMATS if f != "fp8"])
-def test_eight_bit_activations(impl, format):
-    """The error is that of rounding x to 8 bits a row: about 1 %, and not 2 %."""
-    case, dtype = Case(24, 256, 60, 4, format, 32, bias=True), torch.bfloat16
+def test_eight_bit_activations(impl, format, tokens, rank):
+    """The error is that of rounding x to 8 bits a row: about 1 %, and not 2 %. Beyond it there is
+    what rounds y to its dtype, and nothing else."""
+    case, dtype = Case(tokens, 256, 60, rank, format, 32, bias=True), torch.bfloat16
     inputs = make_inputs(case, dtype)
     inputs.options["int8_activations"] = True
     y = run(impl, inputs).cpu()
     truth = prepared(case, dtype).truth.y
     error = rms(y - truth) / rms(truth)
     assert 1e-4 < error < 0.02, error
+    exact = wide(inputs)
+    rounded = ops.fused_linear(exact.x, inputs.weight, impl="reference", **exact.options)
+    beyond = rms(y - rounded) / rms(rounded)
+    assert beyond < 2**-8, beyond
 
 
 SPOILT = {

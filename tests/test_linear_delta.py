@@ -322,7 +322,7 @@ def test_a_wild_activation_stays_in_its_row(kernel, case, dtype):
 def test_other_tokens_do_not_matter(kernel, case, dtype):
     inputs = make_inputs(STABLE[case], dtype)
     whole = gradients(kernel, inputs, ("x",))
-    for rows in (slice(0, 17), slice(3, 60), [149, 0, 77] * 9):
+    for rows in (slice(0, 33), slice(3, 60), [149, 0, 77] * 11):
         part = replace(inputs, x=inputs.x[rows], dy=inputs.dy[rows])
         some = gradients(kernel, part, ("x",))
         assert bitwise(some.y, whole.y[rows])

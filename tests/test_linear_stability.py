@@ -171,11 +171,20 @@ def test_other_tokens_do_not_matter(kernel, case, dtype):
     """A row keeps its bits in other company, as long as the same kernel takes all of them."""
     inputs = make_inputs(CASES[case], dtype)
     whole = gradients(kernel, inputs, ("x",))
-    for rows in (slice(0, 17), slice(3, 60), slice(40, 150), [149, 0, 77] * 9):
+    for rows in (slice(0, 33), slice(3, 60), slice(40, 150), [149, 0, 77] * 11):
         part = replace(inputs, x=inputs.x[rows], dy=inputs.dy[rows])
         some = gradients(kernel, part, ("x",))
         assert bitwise(some.y, whole.y[rows])
         assert bitwise(some.grads["x"], whole.grads["x"][rows])
+
+
+@by_dtype
+@pytest.mark.parametrize("case", ["dense", "nf4"])
+def test_other_tokens_do_not_matter_where_there_are_few(kernel, case, dtype):
+    inputs = make_inputs(CASES[case], dtype)
+    four = run(kernel, replace(inputs, x=inputs.x[:4]))
+    for rows in (slice(0, 1), slice(1, 3), slice(1, 4), [3, 0]):
+        assert bitwise(run(kernel, replace(inputs, x=inputs.x[rows])), four[rows])
 
 
 # --- memory that nobody wrote ---

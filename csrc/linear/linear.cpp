@@ -9,13 +9,38 @@ namespace tw {
 
 namespace {
 
-// Up to so many tokens a packed weight is decoded in registers, once for all. A matrix unit is worth a panel
-// from fewer on.
-constexpr int64_t kFewTokens = 16, kFewTokensBesideUnit = 4, kFewTokensOfDense = 4;
+// Up to so many tokens a weight is read once, packed lines decoded in registers. A matrix unit is worth a
+// panel from fewer on.
+constexpr int64_t kFewOfDense = 4, kFewInFloats = 16, kFewInBytes = 32;
+constexpr int64_t kFewBesideUnit = 4, kFewBesideUnitInOneByte = 8;
 
-bool few_tokens(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_rows, call) }
+// Whether few tokens are multiplied as bytes.
+bool takes_bytes(const LinearCall& call) {
+  return isa_for(call.dtype) >= Isa::avx512_bf16 && !call.weight.data && call.packed.kind != Codes::e4m3 &&
+         (call.dtype == DType::bf16 || call.int8_activations);
+}
+
+bool are_few(const LinearCall& call) {
+  if (call.dropout_p > 0) return false;
+  if (call.weight.data) return call.tokens <= kFewOfDense;
+  if (isa_for(call.dtype) == Isa::amx)
+    return call.tokens <=
+           (takes_bytes(call) && call.int8_activations ? kFewBesideUnitInOneByte : kFewBesideUnit);
+  return call.tokens <= (takes_bytes(call) ? kFewInBytes : kFewInFloats);
+}
+
+bool rows_in_floats(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_rows, call) }
+bool rows_in_bytes(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_byte_rows, call) }
 bool sums_of_delta(const LinearCall& call, float* sums) {
   TW_AT_LEVEL(isa_for(call.dtype), linear_delta, call, sums)
+}
+bool whole_numbers(const LinearCall& call, bool* fits) {
+  TW_AT_LEVEL(isa_for(call.dtype), linear_int8, call, fits)
+}
+bool many_tokens(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_forward, call) }
+
+bool few_tokens(const LinearCall& call) {
+  return takes_bytes(call) ? rows_in_bytes(call) : rows_in_floats(call);
 }
 bool few_tokens_and_delta(const LinearCall& call) {
   char* sums = take_workspace(call.tokens * call.out_features * static_cast<int64_t>(sizeof(float)));
@@ -26,18 +51,11 @@ bool few_tokens_and_delta(const LinearCall& call) {
   give_workspace(sums);
   return had_memory;
 }
-bool whole_numbers(const LinearCall& call, bool* fits) {
-  TW_AT_LEVEL(isa_for(call.dtype), linear_int8, call, fits)
-}
-bool many_tokens(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_forward, call) }
 
 }  // namespace
 
 bool linear_forward(const LinearCall& call) {
-  int64_t few = isa_for(call.dtype) == Isa::amx ? kFewTokensBesideUnit : kFewTokens;
-  if (call.weight.data) few = kFewTokensOfDense;
-  if (call.tokens <= few && !(call.dropout_p > 0))
-    return call.delta.offsets ? few_tokens_and_delta(call) : few_tokens(call);
+  if (are_few(call)) return call.delta.offsets ? few_tokens_and_delta(call) : few_tokens(call);
   if (call.int8_activations) {
     bool fits = false;
     const bool had_memory = whole_numbers(call, &fits);

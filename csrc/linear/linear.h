@@ -78,12 +78,15 @@ bool linear_forward(const LinearCall& call);
 bool linear_sampled(const SampledCall& call);
 bool linear_backward(const LinearBackwardCall& call);
 
-// linear_rows is for a few tokens and no dropout; linear_int8 says whether the call is one for it, and does
-// nothing if not. linear_delta makes the sums of D x of a few tokens.
+// linear_rows and linear_byte_rows are for a few tokens and no dropout, the latter for levels with a dot
+// product of bytes and for packed weights but e4m3, of bf16 x or with int8_activations. linear_int8 says
+// whether the call is one for it, and does nothing if not. linear_delta makes the sums of D x of a few
+// tokens.
 #define TW_LINEAR_KERNELS(level)                          \
   namespace level {                                       \
   bool linear_forward(const LinearCall& call);            \
   bool linear_rows(const LinearCall& call);               \
+  bool linear_byte_rows(const LinearCall& call);          \
   bool linear_int8(const LinearCall& call, bool* fits);   \
   bool linear_backward(const LinearBackwardCall& call);   \
   bool linear_delta(const LinearCall& call, float* sums); \

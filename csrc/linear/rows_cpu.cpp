@@ -1,96 +1,54 @@
 // Forward for a few tokens: the weight is read once, and each piece meets every token. Lines of codes are
-// decoded in registers; nothing decoded is stored.
-#include "common/arena.h"
+// decoded in registers; nothing decoded is stored. byte_rows_cpu.cpp does the same in whole numbers.
 #include "common/by_dtype.h"
-#include "common/packed_lines.h"
-#include "common/parallel.h"
-#include "common/workspace.h"
 #include "linear/eight_bits.h"
+#include "linear/few_tokens.h"
 
 namespace tw {
 namespace {
 
-constexpr int64_t kRowUnit = 64;  // elements that rows of tokens are padded to: whole lines, whole vectors
-
-// How lines meet tokens. Inputs one by one as floats:
-template <class C, Codes KIND, bool IN_PAIRS = sizeof(C) == 2 && KIND == Codes::table>
-struct LineProduct {
-  using X = float;  // what tokens are kept as
-  const Table table;
-
-  explicit LineProduct(const float* t) : table(t) {}
-
-  template <int TOKENS>
-  [[gnu::always_inline]] void add(vf (&part)[TOKENS], vi words, const X* x, int64_t ld) const {
-    each_input<KIND>([&](auto at) {
-      constexpr int K = decltype(at)::value;
-      const vf value = line_value<KIND, K>(table, words);
-#pragma GCC unroll 16
-      for (int t = 0; t < TOKENS; ++t) part[t] = fma(value, set1(x[t * ld + K]), part[t]);
-    });
-  }
-};
-
-// or in pairs, where there is a dot product of them; 8-bit codes would first have to be converted
-template <class C, Codes KIND>
-struct LineProduct<C, KIND, true> {
-  using X = C;
-  const PairTable<C> table;
-
-  explicit LineProduct(const float* t) : table(t) {}
-
-  template <int TOKENS>
-  [[gnu::always_inline]] void add(vf (&part)[TOKENS], vi words, const X* x, int64_t ld) const {
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-      const auto pair = table.at(shift_right(words, 4 * p));
-#pragma GCC unroll 16
-      for (int t = 0; t < TOKENS; ++t)
-        part[t] = Unit<X>::mac(part[t], Unit<X>::broadcast(x + t * ld + 2 * p), pair);
-    }
-  }
-};
-
-// The tokens as the kernel reads them: rows of `ld`, zeros past I and past the last token.
-template <class X>
+// The tokens as the kernels read them: rows of `ld`, zeros past I and past the last token.
+template <class X, int TOKENS>
 struct FewTokens {
-  const X* x;
+  static constexpr int count = TOKENS;
+  X* x;
   int64_t ld;
-  const float* group_sums;  // (tokens, groups) sums of x, for offsets
-  const float* hidden;      // (tokens, R), scaled
-  const float* row_scales;  // (tokens) factors of the base product, or nullptr
-};
+  float* group_sums;  // (tokens, groups) sums of x, for offsets
+  float* row_scales;  // (tokens) factors of the base product
 
-// y of W outputs from `o` on, of token t, from their base sums.
-template <class T>
-void finish_outputs(const LinearCall& call, const float* all_hidden, const float* row_scales, int t,
-                    int64_t o, vf y) {
-  const int some = static_cast<int>(least(W, call.out_features - o));
-  if (some <= 0) return;
-  if (row_scales) y = mul(y, set1(row_scales[t]));
-  if (call.delta_sums) y = add(y, load_n(call.delta_sums + t * call.out_features + o, some));
-  if (call.bias) y = add(y, load_n(call.bias + o, some));
-  if (call.out_scale) y = mul(y, load_n(call.out_scale + o, some));
-  if (call.rank > 0) {
-    const float* hidden = all_hidden + t * call.rank;
-    float update[W];
-    for (int i = 0; i < W; ++i) {
-      vf dot = zero();
-      const T* up = static_cast<const T*>(call.up.data) + (o + (i < some ? i : 0)) * call.up.row;
-      for (int r = 0; r < call.rank; r += W) {
-        const int n = static_cast<int>(least(W, call.rank - r));
-        dot = fma(load_n(up + r, n), load_n(hidden + r, n), dot);
-      }
-      update[i] = sum(dot);
-    }
-    y = add(y, load(update));
+  void lay_out(Arena& arena, const LinearCall& call) {
+    ld = round_up(call.in_features, kRowUnit);
+    x = arena.take<X>(TOKENS * ld);
+    group_sums = arena.take<float>(has_offsets(call) ? TOKENS * call.packed.groups : 0);
+    row_scales = arena.take<float>(TOKENS);
   }
-  T* to = static_cast<T*>(call.y.data) + t * call.y.row + o;
-  if (some == W)
-    store(to, y);
-  else
-    store_n(to, y, some);
-}
+
+  static bool has_offsets(const LinearCall& call) { return !call.weight.data && call.packed.offsets; }
+
+  template <class T>
+  void pack(const LinearCall& call, int t, const T* from) const {
+    X* row = x + t * ld;
+    const int64_t n = call.in_features;
+    row_scales[t] = 1.0f;
+    if (!from) {
+      memset(static_cast<void*>(row), 0, static_cast<size_t>(ld) * sizeof(X));
+      return;
+    }
+    copy_row(row, from, 1, static_cast<int>(n), static_cast<int>(ld));
+    if (call.int8_activations) {
+      row_scales[t] = eight_bit_scale(from, n);
+      round_to_codes(row, n, row_scales[t]);
+    }
+    const PackedWeight& w = call.packed;
+    for (int64_t group = 0; has_offsets(call) && group < w.groups; ++group) {
+      const int64_t begin = group * w.group_size, end = w.groups == 1 ? n : least(begin + w.group_size, n);
+      vf sum_of = zero();
+      for (int64_t i = begin; i < end; i += W)
+        sum_of = add(sum_of, load_n(row + i, static_cast<int>(least(W, end - i))));
+      group_sums[t * w.groups + group] = sum(sum_of);
+    }
+  }
+};
 
 // W units of a dense row, as the products of type C take them
 template <class C, class T>
@@ -102,12 +60,12 @@ template <class C, class T>
 }
 
 // y of BLOCKS row blocks from `block` on.
-template <class T, class C, Codes KIND, int TOKENS, int BLOCKS>
-void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, KIND>::X>& few,
+template <class T, Codes KIND, int TOKENS, int BLOCKS>
+void row_blocks(const LinearCall& call, const FewTokens<float, TOKENS>& few, const float* hidden,
                 int64_t block) {
   constexpr int kInputs = line_inputs(KIND);
   const PackedWeight& w = call.packed;
-  const LineProduct<C, KIND> product(w.table);
+  const Table table(w.table);
   vf sums[BLOCKS][kRowVectors][TOKENS];
   for (auto& of_block : sums)
     for (auto& of_vector : of_block)
@@ -125,9 +83,16 @@ void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, 
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 4
-        for (int v = 0; v < kRowVectors; ++v)
-          product.add(part[b][v], load_words(line + b * w.lines * kLineBytes + v * W * 4), few.x + input,
-                      few.ld);
+        for (int v = 0; v < kRowVectors; ++v) {
+          const vi words = load_words(line + b * w.lines * kLineBytes + v * W * 4);
+          each_input<KIND>([&](auto at) {
+            constexpr int K = decltype(at)::value;
+            const vf value = line_value<KIND, K>(table, words);
+#pragma GCC unroll 16
+            for (int t = 0; t < TOKENS; ++t)
+              part[b][v][t] = fma(value, set1(few.x[t * few.ld + input + K]), part[b][v][t]);
+          });
+        }
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
       const RowValues scale = scales_of(w, block + b, group);
@@ -147,14 +112,15 @@ void row_blocks(const LinearCall& call, const FewTokens<typename LineProduct<C, 
   for (int b = 0; b < BLOCKS; ++b)
     for (int v = 0; v < kRowVectors; ++v)
       for (int t = 0; t < static_cast<int>(call.tokens); ++t)
-        finish_outputs<T>(call, few.hidden, few.row_scales, t, (block + b) * kLineRows + v * W,
-                          sums[b][v][t]);
+        finish_outputs<T>(call, hidden, t, (block + b) * kLineRows + v * W,
+                          mul(sums[b][v][t], set1(few.row_scales[t])));
 }
 
 // y of kDots dense rows from `o` on, each read once.
 constexpr int kDots = 4;
 template <class T, class C, int TOKENS>
-void dense_dots(const LinearCall& call, const FewTokens<C>& few, int64_t o, float (&dots)[TOKENS][kDots]) {
+void dense_dots(const LinearCall& call, const FewTokens<C, TOKENS>& few, int64_t o,
+                float (&dots)[TOKENS][kDots]) {
   constexpr int kStep = W * Unit<C>::kDepth;
   const int64_t n = call.in_features, whole = n / kStep * kStep;
   const T* rows[kDots];
@@ -182,101 +148,21 @@ void dense_dots(const LinearCall& call, const FewTokens<C>& few, int64_t o, floa
     }
 }
 
-// hidden[t][r], rounded into call.hidden and scaled into `kept`
-template <class T>
-void hidden_value(const LinearCall& call, float* kept, int t, int r) {
-  const T* x = static_cast<const T*>(call.x.data) + t * call.x.row;
-  const T* down = static_cast<const T*>(call.down.data) + r * call.down.row;
-  vf dot[2] = {zero(), zero()};
-  int64_t i = 0;
-  for (; i + 2 * W <= call.in_features; i += 2 * W)
-    for (int half = 0; half < 2; ++half)
-      dot[half] = fma(load(x + i + half * W), load(down + i + half * W), dot[half]);
-  for (; i < call.in_features; i += W) {
-    const int n = static_cast<int>(least(W, call.in_features - i));
-    dot[0] = fma(load_n(x + i, n), load_n(down + i, n), dot[0]);
-  }
-  float h = sum(add(dot[0], dot[1]));
-  if (call.relu && h < 0.0f) h = 0.0f;
-  if (call.row_adapters && call.row_adapters[t] != call.column_adapters[r]) h = 0.0f;
-  T* hidden = static_cast<T*>(call.hidden.data) + t * call.hidden.row + r;
-  *hidden = from_float<T>(h);
-  kept[t * call.rank + r] = to_float(*hidden) * (call.column_scales ? call.column_scales[r] : call.scale);
-}
-
-// f(few tokens, team) on all threads, once x and hidden are there.
-template <class T, class X, int TOKENS, class F>
-bool with_few_tokens(const LinearCall& call, const F& f) {
-  const PackedWeight& w = call.packed;
-  const bool has_offsets = !call.weight.data && w.offsets;
-  const int64_t ld = round_up(call.in_features, kRowUnit), n = call.in_features;
-  const double weights = static_cast<double>(n) * static_cast<double>(call.out_features);
-  const int threads = weights < kSerialWeights ? 1 : call.threads;
-  X* x;
-  float *group_sums, *row_scales, *hidden;
-  const auto lay_out = [&](char* base) {
-    Arena arena{base};
-    x = arena.take<X>(TOKENS * ld);
-    group_sums = arena.take<float>(has_offsets ? TOKENS * w.groups : 0);
-    row_scales = arena.take<float>(TOKENS);
-    hidden = arena.take<float>(TOKENS * call.rank);
-    return arena.at - base;
-  };
-  char* workspace = take_workspace(lay_out(nullptr));
-  if (!workspace) return false;
-  lay_out(workspace);
-  const FewTokens<X> few{x, ld, group_sums, hidden, call.int8_activations ? row_scales : nullptr};
-  const int tokens = static_cast<int>(call.tokens);
-  for (int t = 0; t < TOKENS; ++t) {
-    X* row = x + t * ld;
-    if (t >= tokens) {
-      memset(static_cast<void*>(row), 0, static_cast<size_t>(ld) * sizeof(X));
-      continue;
-    }
-    const T* from = static_cast<const T*>(call.x.data) + t * call.x.row;
-    copy_row(row, from, 1, static_cast<int>(n), static_cast<int>(ld));
-    if (call.int8_activations) {
-      row_scales[t] = eight_bit_scale(from, n);
-      round_to_codes(row, n, row_scales[t]);
-    }
-    for (int64_t group = 0; has_offsets && group < w.groups; ++group) {
-      const int64_t begin = group * w.group_size, end = w.groups == 1 ? n : least(begin + w.group_size, n);
-      vf sum_of = zero();
-      for (int64_t i = begin; i < end; i += W)
-        sum_of = add(sum_of, load_n(row + i, static_cast<int>(least(W, end - i))));
-      group_sums[t * w.groups + group] = sum(sum_of);
-    }
-  }
-  run_team(threads, [&](const Team& team) {
-    if (call.rank > 0) {
-      for (int64_t i = team.id; i < static_cast<int64_t>(tokens) * call.rank; i += team.size)
-        hidden_value<T>(call, hidden, static_cast<int>(i / call.rank), static_cast<int>(i % call.rank));
-      team.barrier();
-    }
-    f(few, team);
-  });
-  give_workspace(workspace);
-  return true;
-}
-
 template <class T, Codes KIND, int TOKENS, int BLOCKS>
 bool packed_rows(const LinearCall& call) {
-  using C = typename ComputeType<T>::type;
-  using X = typename LineProduct<C, KIND>::X;
-  return with_few_tokens<T, X, TOKENS>(call, [&](const FewTokens<X>& few, const Team& team) {
-    // neighbouring blocks to one thread: it reads one stretch of memory
-    const int64_t blocks = (call.out_features + kLineRows - 1) / kLineRows;
-    int64_t block = blocks * team.id / team.size;
-    const int64_t end = blocks * (team.id + 1) / team.size;
-    for (; block + BLOCKS <= end; block += BLOCKS) row_blocks<T, C, KIND, TOKENS, BLOCKS>(call, few, block);
-    for (; block < end; ++block) row_blocks<T, C, KIND, TOKENS, 1>(call, few, block);
+  using Few = FewTokens<float, TOKENS>;
+  return with_few_tokens<T>(call, Few{}, [&](const Few& few, const float* hidden, const Team& team) {
+    share_blocks<BLOCKS>(call, team, [&](auto blocks, int64_t block) {
+      row_blocks<T, KIND, TOKENS, decltype(blocks)::value>(call, few, hidden, block);
+    });
   });
 }
 
 template <class T, int TOKENS>
 bool dense_rows(const LinearCall& call) {
   using C = typename ComputeType<T>::type;
-  return with_few_tokens<T, C, TOKENS>(call, [&](const FewTokens<C>& few, const Team& team) {
+  using Few = FewTokens<C, TOKENS>;
+  return with_few_tokens<T>(call, Few{}, [&](const Few& few, const float* hidden, const Team& team) {
     const int64_t steps = (call.out_features + W - 1) / W;
     for (int64_t step = steps * team.id / team.size; step < steps * (team.id + 1) / team.size; ++step) {
       float sums[TOKENS][W], dots[TOKENS][kDots];
@@ -285,7 +171,7 @@ bool dense_rows(const LinearCall& call) {
         for (int t = 0; t < TOKENS; ++t) memcpy(sums[t] + o, dots[t], sizeof(dots[t]));
       }
       for (int t = 0; t < static_cast<int>(call.tokens); ++t)
-        finish_outputs<T>(call, few.hidden, nullptr, t, step * W, load(sums[t]));
+        finish_outputs<T>(call, hidden, t, step * W, load(sums[t]));
     }
   });
 }

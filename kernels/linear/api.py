@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from tilewright import choose
+from tilewright.direct import may_go_direct
 from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
 from tilewright.ops.common.sparse_delta import WeightDelta
-from tilewright.ops.linear import op
+from tilewright.ops.linear import op, prepared
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
 
@@ -72,6 +73,12 @@ def fused_linear(
     Towards a unified view of parameter-efficient transfer learning, arXiv 2110.04366; for delta
     Ansell et al., Scaling sparse fine-tuning to large language models, arXiv 2401.16405.
     """
+    has_extras = down is not None or out_scale is not None or delta is not None
+    is_plain = impl == "auto" and type(weight) is PackedWeight and not has_extras
+    if is_plain:
+        ready = prepared.call(x, weight, bias, int8_activations)
+        if ready is not None:
+            return ready
     p, x2, o = _describe(
         x, weight, bias, out_scale=out_scale, down=down, up=up, scale=scale,
         activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
@@ -92,6 +99,8 @@ def fused_linear(
             y = y + op.call_fused_linear(x2, alone, p._replace(has_delta=False), impl)
     else:
         y = op.call_fused_linear(x2, o, p, impl)
+        if is_plain and p.device == "cpu" and may_go_direct(x, weight.codes):
+            prepared.remember(weight, p.dtype, int8_activations)
     return y.view(*x.shape[:-1], p.out_features)
 
 

@@ -43,7 +43,7 @@ def _address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _floats(t: torch.Tensor | None) -> torch.Tensor | None:
+def floats(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.detach().float().contiguous()
 
 
@@ -64,13 +64,13 @@ class _Held:
             self.order = o.input_order.long()
         self.x = self.ordered(_in_rows(x))
         self.weight = None if o.weight is None else _in_rows(o.weight)
-        self.bias, self.out_scale = _floats(o.bias), _floats(o.out_scale)
+        self.bias, self.out_scale = floats(o.bias), floats(o.out_scale)
         # the adapter is converted, x never is
         self.down = None if o.down is None else self.ordered(_in_rows(o.down.to(x.dtype)))
         self.up = None if o.up is None else _in_rows(o.up.to(x.dtype))
         self.row_adapters = None if o.row_adapters is None else o.row_adapters.contiguous()
         self.column_adapters = None if o.column_adapters is None else o.column_adapters.contiguous()
-        self.column_scales = _floats(o.column_scales)
+        self.column_scales = floats(o.column_scales)
         self.input_order = None if o.input_order is None else o.input_order.int().contiguous()
         self.delta: tuple | None = None
         if p.has_delta:

@@ -1,0 +1,170 @@
+"""Inference over a packed weight takes a shorter way; nobody sees it but the clock."""
+
+import copy
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from linear_inputs import bitwise, random_packed
+
+from tilewright import choose, ops
+from tilewright.ops.common.packed import FORMATS
+from tilewright.ops.linear import cpp_cpu, op, prepared
+from tilewright.ops.linear.problem import Problem
+
+PROBLEM = Problem("cpu", torch.bfloat16, 1, 64, 40, format="int4", group_size=32)
+
+pytestmark = pytest.mark.skipif(
+    cpp_cpu.why_not(PROBLEM) is not None
+    or choose.choose("fused_linear", "auto", PROBLEM) != "cpp_cpu",
+    reason="plain calls take another implementation here",
+)
+
+
+def a_weight(format="int4", n_out=40, n_in=64, scales=torch.float32, offsets=False, order=False):
+    generator = torch.Generator().manual_seed(5)
+    return random_packed(format, n_out, n_in, 32, scales, offsets, order, generator)
+
+
+def an_x(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+
+
+def warm(x, weight, **options):
+    """The first call, which takes the long way."""
+    ops.fused_linear(x, weight, **options)
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    """How many calls took the long way."""
+    calls = []
+    usual = op.call_fused_linear
+
+    def counting(*a):
+        calls.append(a)
+        return usual(*a)
+
+    monkeypatch.setattr(op, "call_fused_linear", counting)
+    return calls
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("scales", (torch.float32, torch.bfloat16, "nested"), ids=str)
+@pytest.mark.parametrize("shape", ((64,), (1, 64), (3, 64), (2, 5, 64), (70, 64)), ids=str)
+def test_gives_the_same_bits(long_way, format, scales, shape):
+    weight = a_weight(format, scales=scales, offsets=format == "uint4" and scales != "nested")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = an_x(*shape, dtype=dtype)
+        warm(x, weight)
+        long_way.clear()
+        for bias in (None, an_x(40, dtype=dtype), an_x(40, dtype=torch.float32)):
+            y = ops.fused_linear(x, weight, bias)
+            assert not long_way
+            assert bitwise(y, ops.fused_linear(x, weight, bias, impl="cpp_cpu"))
+            long_way.clear()
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "fp8"])
+def test_gives_the_same_bits_with_eight_bit_activations(long_way, format):
+    x, weight = an_x(3, 64), a_weight(format)
+    warm(x, weight, int8_activations=True)
+    assert len(long_way) == 1
+    y = ops.quantized_linear(x, weight, int8_activations=True)
+    assert len(long_way) == 1
+    assert bitwise(y, ops.quantized_linear(x, weight, int8_activations=True, impl="cpp_cpu"))
+    assert not bitwise(y, ops.quantized_linear(x, weight))
+
+
+def test_sees_values_change_and_tensors_move(long_way):
+    x, weight = an_x(2, 64), a_weight()
+    bias = an_x(40)
+    warm(x, weight)
+    long_way.clear()
+    before = ops.fused_linear(x, weight, bias)
+    weight.scales.mul_(2)
+    bias.add_(1)
+    changed = ops.fused_linear(x, weight, bias)
+    assert not long_way
+    assert not bitwise(before, changed)
+    assert bitwise(changed, ops.fused_linear(x, weight, bias, impl="cpp_cpu"))
+    old = weight.codes.data
+    weight.codes.data = old.roll(1, dims=0).clone()
+    old.fill_(0)
+    moved = ops.fused_linear(x, weight, bias)
+    assert not bitwise(changed, moved)
+    assert bitwise(moved, ops.fused_linear(x, weight, bias, impl="cpp_cpu"))
+
+
+def test_copies_have_calls_of_their_own_and_the_dead_have_none():
+    x, weight = an_x(2, 64), a_weight()
+    warm(x, weight)
+    y = ops.fused_linear(x, weight)
+    twin = copy.deepcopy(weight)
+    twin.scales.mul_(2)
+    warm(x, twin)
+    assert bitwise(ops.fused_linear(x, twin), ops.fused_linear(x, twin, impl="cpp_cpu"))
+    assert bitwise(ops.fused_linear(x, weight), y)
+    known = len(prepared._known)
+    del twin
+    gc.collect()
+    assert len(prepared._known) == known - 1
+
+
+def with_gaps(weight):
+    return replace(weight, codes=weight.codes.repeat_interleave(2, 0)[::2])
+
+
+REFUSED = {
+    "gradient-of-x": lambda x, w: (x.requires_grad_(), w, None),
+    "gradient-of-bias": lambda x, w: (x, w, an_x(40).requires_grad_()),
+    "strided-x": lambda x, w: (an_x(64, 3).T, w, None),
+    "no-tokens": lambda x, w: (x[:0], w, None),
+    "act-order": lambda x, w: (x, a_weight(order=True), None),
+    "codes-with-gaps": lambda x, w: (x, with_gaps(w), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_leaves_to_the_long_way(long_way, what):
+    x, weight, bias = REFUSED[what](an_x(3, 64), a_weight())
+    with torch.no_grad():
+        warm(an_x(3, 64), weight)
+    y = ops.fused_linear(x, weight, bias)
+    assert len(long_way) == 2
+    assert bitwise(y.detach(), ops.fused_linear(x, weight, bias, impl="cpp_cpu").detach())
+    with torch.no_grad():
+        again = ops.fused_linear(x, weight, bias)
+    assert bitwise(y.detach(), again)
+
+
+def test_settings_and_autocast_are_heard(long_way, monkeypatch):
+    x, weight = an_x(3, 64, dtype=torch.float32), a_weight()
+    warm(x, weight)
+    warm(x.bfloat16(), weight)
+    long_way.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.fused_linear(x, weight).dtype == torch.bfloat16
+    assert len(long_way) == 1
+    monkeypatch.setenv("TILEWRIGHT_IMPL", "reference")
+    y = ops.fused_linear(x, weight)
+    assert len(long_way) == 2
+    assert bitwise(y, ops.fused_linear(x, weight, impl="reference"))
+
+
+def test_what_is_wrong_is_still_said():
+    x, weight = an_x(3, 64), a_weight()
+    warm(x, weight)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 63\), need a last axis of I = 64"):
+        ops.fused_linear(x[:, :63].contiguous(), weight)
+    with pytest.raises(ValueError, match=r"bias has shape \(41,\), need \(40,\)"):
+        ops.fused_linear(x, weight, an_x(41))
+    with pytest.raises(ValueError, match=r"x has shape \(\)"):
+        ops.fused_linear(x[0, 0], weight)
+    with pytest.raises(ValueError, match=r"x (has dtype|is)"):
+        ops.fused_linear(x.int(), weight)
+    fp8 = a_weight("fp8")
+    warm(x, fp8)
+    with pytest.raises(ValueError, match="int8_activations needs a packed weight"):
+        ops.fused_linear(x, fp8, int8_activations=True)
