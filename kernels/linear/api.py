@@ -74,9 +74,10 @@ def fused_linear(
     Ansell et al., Scaling sparse fine-tuning to large language models, arXiv 2401.16405.
     """
     has_extras = down is not None or out_scale is not None or delta is not None
-    is_plain = impl == "auto" and type(weight) is PackedWeight and not has_extras
-    if is_plain:
-        ready = prepared.call(x, weight, bias, int8_activations)
+    plain = None  # the weight, where there is nothing beside it but a bias
+    if impl == "auto" and type(weight) is PackedWeight and not has_extras:
+        plain = weight
+        ready = prepared.call(x, plain, bias, int8_activations)
         if ready is not None:
             return ready
     p, x2, o = _describe(
@@ -99,8 +100,8 @@ def fused_linear(
             y = y + op.call_fused_linear(x2, alone, p._replace(has_delta=False), impl)
     else:
         y = op.call_fused_linear(x2, o, p, impl)
-        if is_plain and p.device == "cpu" and may_go_direct(x, weight.codes):
-            prepared.remember(weight, p.dtype, int8_activations)
+        if plain is not None and p.device == "cpu" and may_go_direct(x, plain.codes):
+            prepared.remember(plain, p.dtype, int8_activations)
     return y.view(*x.shape[:-1], p.out_features)
 
 
