@@ -168,3 +168,19 @@ def test_what_is_wrong_is_still_said():
     warm(x, fp8)
     with pytest.raises(ValueError, match="int8_activations needs a packed weight"):
         ops.fused_linear(x, fp8, int8_activations=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(activation="gelu"), "no activation 'gelu'"),
+        (dict(dropout_p=0.5), "dropout_p is 0.5 without down and up"),
+        (dict(scale=float("nan")), "scale is nan"),
+    ],
+    ids=["activation", "dropout", "scale"],
+)
+def test_options_are_checked_after_the_first_call_as_well(options, message):
+    x, weight = torch.randn(2, 64), ops.quantize_weight(torch.randn(16, 64), ops.NF4(64))
+    ops.fused_linear(x, weight)
+    with pytest.raises(ValueError, match=message):
+        ops.fused_linear(x, weight, **options)
