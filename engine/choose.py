@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from tilewright import settings
 
 
@@ -64,6 +66,13 @@ class Explanation:
         lines = [f"{self.operator}: {self.chosen or 'nothing can run this here'}"]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
+
+
+def usual_types() -> list[tuple[str, str, torch.dtype]]:
+    """What samples are made for: (label, device, dtype) for each device that is here."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return [(f"{d} {str(t).removeprefix('torch.')}", d, t) for d in devices for t in dtypes]
 
 
 OPERATORS: dict[str, Operator] = {}

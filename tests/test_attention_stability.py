@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from attention_inputs import (
     make_inputs,
     move,
 )
+from memory_probes import allocations, peak_growth_bytes
 
 import tilewright
 from tilewright import ShiftedSegments, native
@@ -193,18 +193,8 @@ def test_what_the_heap_held_does_not_matter():
     assert len(digests) == 1
 
 
-def _allocated_bytes(call) -> int:
-    """Bytes that torch's allocator hands out during a call, freed ones included."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
-
-
 def test_the_profiler_counts_what_torch_allocates():
-    assert _allocated_bytes(lambda: torch.ones(1000).clone()) == 2 * 4000
+    assert sum(allocations(lambda: torch.ones(1000).clone())) == 2 * 4000
 
 
 MEMORY_CASES = {
@@ -231,29 +221,9 @@ def test_forward_allocates_out_and_lse_alone(kernel_once, case, dtype):
         allocated = torch.cuda.max_memory_allocated() - before
     else:
         out, lse = attend(kernel_once, q, k, v, return_lse=True, **options)
-        allocated = _allocated_bytes(lambda: attend(kernel_once, q, k, v, **options))
+        allocated = sum(allocations(lambda: attend(kernel_once, q, k, v, **options)))
     results = out.numel() * out.element_size() + lse.numel() * lse.element_size()
     assert results <= allocated < results + 16384, (results, allocated)
-
-
-def _peak_growth_bytes(call) -> int:
-    """How far the resident set rises above where it stands, at its highest, during a call."""
-
-    def read(field):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return 1024 * int(line.split()[1])
-        return None
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    except OSError as error:
-        pytest.skip(f"the peak of the resident set cannot be reset here: {error}")
-    before = read("VmRSS")
-    worker = threading.Thread(target=call)  # a fresh thread has no scratch kept from other tests
-    worker.start()
-    worker.join()
-    return read("VmHWM") - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -272,7 +242,7 @@ def test_scratch_packs_as_many_heads_as_threads(kernel_once, threads, segments, 
     k = torch.randn(1, n_keys, heads, 64).to(dtype)
     options = {"is_causal": True, "segments": segments, "return_lse": True}
     kept = [attend(kernel_once, q[:, :64], k[:, :64], k[:, :64], **options)]
-    growth = _peak_growth_bytes(lambda: kept.append(attend(kernel_once, q, k, k, **options)))
+    growth = peak_growth_bytes(lambda: kept.append(attend(kernel_once, q, k, k, **options)))
     results = sum(t.numel() * t.element_size() for t in kept[1])
     stays_bf16 = dtype == torch.bfloat16 and native.native().isa() in ("avx512_bf16", "amx")
     packed_size = 2 if stays_bf16 else 4

@@ -31,9 +31,9 @@ from linear_inputs import (
     with_dtypes,
     with_gradients,
 )
+from memory_probes import allocations, peak_growth_bytes
 from test_linear_fuzz import call, sparse
 from test_linear_gradients import LAYOUTS, OF_TORCH
-from test_linear_stability import _allocations, _peak_growth_bytes
 from yardstick import assert_errs_at_most_twice_stock
 
 from tilewright import choose, ops
@@ -338,7 +338,7 @@ def test_nothing_of_the_weights_size_is_allocated(kernel_once, format, dtype):
     group = 64 * (format != DENSE)
     inputs = make_inputs(Case(40, 512, 768, 0, format, group, delta=0.01), dtype)
     gradients(kernel_once, inputs, ("x", "delta"))
-    blocks = _allocations(lambda: gradients(kernel_once, inputs, ("x", "delta")))
+    blocks = allocations(lambda: gradients(kernel_once, inputs, ("x", "delta")))
     assert sum(blocks) > inputs.x.nbytes + inputs.dy.nbytes, "the profiler saw nothing"
     assert max(blocks) <= 4 * inputs.dy.numel() < 512 * 768
 
@@ -367,7 +367,7 @@ def test_training_takes_little_beside_the_tokens(kernel_once):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        growth = _peak_growth_bytes(train)
+        growth = peak_growth_bytes(train)
     finally:
         torch.set_num_threads(before)
     returned = sum(t.nbytes for t in results[0])

@@ -4,7 +4,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from linear_inputs import (
     with_gradients,
     with_row_scale,
 )
+from memory_probes import allocations, peak_growth_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewright
@@ -244,16 +244,6 @@ def test_what_the_heap_held_does_not_matter():
 # --- memory that is not needed ---
 
 
-def _allocations(call) -> list[int]:
-    """Bytes of each block that torch's allocator hands out during a call."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
-
-
 LEAN = {
     "dense": Case(40, 512, 768, 4, bias=True),
     "nf4": Case(40, 512, 768, 4, "nf4", 64, bias=True),
@@ -273,30 +263,10 @@ def test_nothing_of_the_weights_size_is_allocated(kernel_once, case, dtype):
     inputs = make_inputs(case, dtype)
     wanted = ("x", "bias", "down", "up")
     gradients(kernel_once, inputs, wanted)
-    blocks = _allocations(lambda: gradients(kernel_once, inputs, wanted))
+    blocks = allocations(lambda: gradients(kernel_once, inputs, wanted))
     results = (inputs.x, inputs.dy, *(t for n, t in inputs.named.items() if n in wanted[1:]))
     assert sum(blocks) > inputs.x.nbytes + inputs.dy.nbytes, "the profiler saw nothing"
     assert max(blocks) <= max(4 * t.numel() for t in results) < case.n_in * case.n_out // 2
-
-
-def _peak_growth_bytes(call) -> int:
-    """How far the resident set rises above where it stands, at its highest, during a call."""
-
-    def read(name):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name):
-                return 1024 * int(line.split()[1])
-        return None
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    except OSError as error:
-        pytest.skip(f"the peak of the resident set cannot be reset here: {error}")
-    before = read("VmRSS")
-    worker = threading.Thread(target=call)  # a fresh thread has no scratch kept from other tests
-    worker.start()
-    worker.join()
-    return read("VmHWM") - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -320,7 +290,7 @@ def test_scratch_is_panels_and_not_the_weight(kernel_once, threads, format, toke
         kept.append(torch.autograd.grad(y.sum(), x))
 
     ops.quantized_linear(x.detach(), random_packed(format, 16, n_in, 64), impl=kernel_once.name)
-    growth = _peak_growth_bytes(train)
+    growth = peak_growth_bytes(train)
     assert growth < 32 * 2**20, f"{growth / 2**20:.1f} MiB"
 
 

@@ -75,8 +75,8 @@ template <class F>
   }
 }
 
-// x = step q, |q| <= most: the step of some x. With an infinity it is infinite, and q is what
-// `infinite_codes` says; a NaN makes it NaN.
+// The step of x = step q, |q| <= most. An infinity makes it infinite, and q then says where (codes_of); a NaN
+// makes it NaN.
 template <class T>
 float step_of(const T* x, int64_t n, float most) {
   vf largest = zero(), nan = zero();
@@ -85,10 +85,7 @@ float step_of(const T* x, int64_t n, float most) {
     largest = max(abs(value), largest);
     nan = add(nan, select(le(abs(value), set1(__builtin_inff())), zero(), value));
   }
-  float lanes[W], top = 0.0f;
-  store(lanes, largest);
-  for (float lane : lanes) top = lane > top ? lane : top;
-  return top / most + sum(nan);
+  return largest_of(largest) / most + sum(nan);
 }
 
 inline vf codes_of(vf x, float step) {

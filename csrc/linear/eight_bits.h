@@ -9,6 +9,14 @@ namespace {
 
 constexpr float kMostCode = 127.0f;
 
+// the largest lane; 0 where none is above it
+inline float largest_of(vf x) {
+  float lanes[W], largest = 0.0f;
+  store(lanes, x);
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
 // max |x| / 127 of a row; NaN if the row holds an infinity or a NaN, which then is all that becomes of it
 template <class T>
 inline float eight_bit_scale(const T* x, int64_t n) {
@@ -18,10 +26,7 @@ inline float eight_bit_scale(const T* x, int64_t n) {
     most_of = max(abs(value), most_of);
     poison = fma(value, zero(), poison);  // 0, or NaN from the first infinity or NaN on
   }
-  float lanes[W], largest = 0.0f;
-  store(lanes, most_of);
-  for (float lane : lanes) largest = lane > largest ? lane : largest;
-  return largest / kMostCode + sum(poison);
+  return largest_of(most_of) / kMostCode + sum(poison);
 }
 
 // x / scale as a whole number, ties to even; 0 where the scale is 0

@@ -380,15 +380,11 @@ _CANDIDATES = (
 
 
 def _sample_problems() -> dict[str, object]:
-    """What `doctor` asks about: a usual training shape on each device that is here."""
+    """What `doctor` asks about: a usual training shape."""
     samples: dict[str, object] = {}
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            q = torch.empty(1, 16, 2, 64, device=device, dtype=dtype)
-            samples[f"{device} {str(dtype).removeprefix('torch.')}"] = _describe(
-                q, q, q, is_causal=True
-            )[0]
+    for label, device, dtype in choose.usual_types():
+        q = torch.empty(1, 16, 2, 64, device=device, dtype=dtype)
+        samples[label] = _describe(q, q, q, is_causal=True)[0]
     return samples
 
 

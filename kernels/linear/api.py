@@ -443,18 +443,15 @@ _CANDIDATES = (
 
 
 def _sample_problems() -> dict[str, object]:
-    """What `doctor` asks about: a usual training shape on each device that is here."""
-    samples: dict[str, object] = {}
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for format in (DENSE, "nf4", "int4", "int8", "fp8"):
-                label = f"{device} {str(dtype).removeprefix('torch.')} {format}"
-                samples[label] = Problem(
-                    device=device, dtype=dtype, tokens=512, in_features=4096, out_features=4096,
-                    rank=16, format=format, group_size=0 if format == DENSE else 64,
-                )  # fmt: skip
-    return samples
+    """What `doctor` asks about: a usual training shape."""
+    return {
+        f"{label} {format}": Problem(
+            device=device, dtype=dtype, tokens=512, in_features=4096, out_features=4096, rank=16,
+            format=format, group_size=0 if format == DENSE else 64,
+        )
+        for label, device, dtype in choose.usual_types()
+        for format in (DENSE, "nf4", "int4", "int8", "fp8")
+    }  # fmt: skip
 
 
 def _described(*args, impl="auto", **kwargs):

@@ -1,9 +1,9 @@
 """Inference over a packed weight on a CPU, with everything but x, bias and y worked out once:
 when a first call has passed all checks.
 
-The checks and records of a call take Python 35 microseconds, and three times that where weights
-have just streamed through the caches: half of what reading a layer of a small model takes. Here a
-call takes a third of that. What it cannot serve goes the way of all others.
+The checks and records of a call can take Python as long as the kernel takes to read a small layer,
+above all where weights have just pushed the interpreter out of the caches. What this cannot serve
+goes the way of all other calls.
 """
 
 from __future__ import annotations

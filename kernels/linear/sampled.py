@@ -101,14 +101,12 @@ def _(dy, x, row_offsets, columns, impl):
 
 
 def _sample_problems() -> dict[str, object]:
-    """What `doctor` asks about: a usual training shape on each device that is here."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    """What `doctor` asks about: a usual training shape."""
     return {
-        f"{device} {str(dtype).removeprefix('torch.')}": Problem(
+        label: Problem(
             device, dtype, tokens=512, in_features=4096, out_features=4096, has_delta=True
         )
-        for device in devices
-        for dtype in DTYPES[:3]
+        for label, device, dtype in choose.usual_types()
     }
 
 

@@ -3,29 +3,27 @@
 Each weight `name` is stored as the tensors name.codes, name.scales and those of offsets,
 input_order, nested_table and nested_absmax that it has. The header's text `tilewright.packed` is
 JSON: {"version": 1, "weights": {name: {format, shape, group_size, dtype, nested}}, "metadata": {}},
-where nested is null or {offset, block}. It is the header's only text: safetensors writes several in
-no fixed order.
+where nested is null or {offset, block}.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tilewright.files import InputError, read_metadata, read_tensors, write_tensors
+from tilewright.files import InputError, read_tensors, write_tensors
 from tilewright.ops.common.packed import (
     ROWS,
     NestedScales,
     PackedWeight,
     inputs_of_a_line,
 )
+from tilewright.ops.common.saved_header import damaged, header_of, read_header
 
 HEADER = "tilewright.packed"
-VERSION = 1
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,10 +54,6 @@ def save_packed(
 
     Source: the safetensors format, github.com/huggingface/safetensors.
     """
-    texts = dict(metadata or {})
-    for name, text in texts.items():
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"save_packed: metadata has {name!r}: {text!r}, need texts by name")
     tensors: dict[str, torch.Tensor] = {}
     entries = {}
     written: set[int] = set()
@@ -77,8 +71,7 @@ def save_packed(
             "dtype": str(packed.dtype).removeprefix("torch."),
             "nested": nested and {"offset": nested.offset, "block": nested.block},
         }
-    header = {"version": VERSION, "weights": entries, "metadata": texts}
-    write_tensors(path, tensors, {HEADER: json.dumps(header, allow_nan=False)})
+    write_tensors(path, tensors, header_of("save_packed", HEADER, metadata, weights=entries))
 
 
 def load_packed(path: str | Path, device: torch.device | str = "cpu") -> SavedWeights:
@@ -92,28 +85,20 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> SavedWe
 
     Source: the safetensors format, github.com/huggingface/safetensors.
     """
-    texts = read_metadata(path)
-    if HEADER not in texts:
-        raise InputError(f"load_packed: {path} holds no packed weights (no {HEADER} in its header)")
+    header = read_header("load_packed", path, HEADER, "packed weights")
     try:
-        header = json.loads(texts[HEADER])
-        version, entries = header["version"], dict(header["weights"])
-        metadata = {str(name): str(text) for name, text in header["metadata"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = dict(header["weights"])
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"its header cannot be read: {error!r}") from error
-    if version != VERSION:
-        raise InputError(
-            f"load_packed: {path} has version {version}, need {VERSION}; write it again"
-        )
     tensors = read_tensors(path)
     weights = {name: _weight(path, name, entry, tensors) for name, entry in entries.items()}
     if tensors:
         raise _damaged(path, f"{', '.join(sorted(tensors)[:4])} belong to no weight")
-    return SavedWeights({name: w.to(device) for name, w in weights.items()}, metadata)
+    return SavedWeights({name: w.to(device) for name, w in weights.items()}, header["metadata"])
 
 
 def _damaged(path: str | Path, reason: str) -> InputError:
-    return InputError(f"load_packed: {path} is damaged: {reason}; copy or write it again")
+    return damaged("load_packed", path, reason)
 
 
 def _weight(

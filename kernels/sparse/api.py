@@ -242,14 +242,12 @@ def _expect_numbers(name: str, **tensors: torch.Tensor) -> None:
 
 
 def _sample_problems() -> dict[str, object]:
-    """What `doctor` asks about: a usual training shape on each device that is here."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    """What `doctor` asks about: a usual training shape."""
     return {
-        f"{device} {str(dtype).removeprefix('torch.')}": op.Problem(
+        label: op.Problem(
             device, dtype, tokens=512, in_features=4096, out_features=4096, k=4096 * 4096 // 100
         )
-        for device in devices
-        for dtype in DTYPES[:3]
+        for label, device, dtype in choose.usual_types()
     }
 
 

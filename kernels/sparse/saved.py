@@ -4,24 +4,22 @@ Each delta `name` is stored as name.values (N,), and as name.steps: the differen
 less one, in units. A unit that is all ones means that the step goes on in the next, so that a step
 s takes s // m + 1 units of the largest value m: those of 8 bits where the mean step is short, of 16
 bits where it is long. The header's text `tilewright.deltas` is JSON: {"version": 1, "deltas":
-{name: shape}, "metadata": {}}. It is the header's only text: safetensors writes several in no fixed
-order.
+{name: shape}, "metadata": {}}.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tilewright.files import InputError, read_metadata, read_tensors, write_tensors
+from tilewright.files import InputError, read_tensors, write_tensors
+from tilewright.ops.common.saved_header import damaged, header_of, read_header
 from tilewright.ops.common.sparse_delta import VALUE_DTYPES, WeightDelta
 
 HEADER = "tilewright.deltas"
-VERSION = 1
 LONG_MEAN_STEP = 256  # from which units of 16 bits are fewer bytes
 
 
@@ -75,10 +73,6 @@ def save_deltas(
 
     Source: the safetensors format, github.com/huggingface/safetensors.
     """
-    texts = dict(metadata or {})
-    for name, text in texts.items():
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"save_deltas: metadata has {name!r}: {text!r}, need texts by name")
     tensors, shapes = {}, {}
     for name, delta in deltas.items():
         delta.expect_whole("save_deltas")
@@ -86,8 +80,7 @@ def save_deltas(
         tensors[f"{name}.steps"] = encode_places(delta.places().cpu(), size)
         tensors[f"{name}.values"] = delta.values.detach().cpu().clone()
         shapes[name] = list(delta.shape)
-    header = {"version": VERSION, "deltas": shapes, "metadata": texts}
-    write_tensors(path, tensors, {HEADER: json.dumps(header, allow_nan=False)})
+    write_tensors(path, tensors, header_of("save_deltas", HEADER, metadata, deltas=shapes))
 
 
 def load_deltas(path: str | Path, device: torch.device | str = "cpu") -> SavedDeltas:
@@ -101,25 +94,16 @@ def load_deltas(path: str | Path, device: torch.device | str = "cpu") -> SavedDe
 
     Source: the safetensors format, github.com/huggingface/safetensors.
     """
-    texts = read_metadata(path)
-    if HEADER not in texts:
-        raise InputError(f"load_deltas: {path} holds no deltas (no {HEADER} in its header)")
+    header = read_header("load_deltas", path, HEADER, "deltas")
     try:
-        header = json.loads(texts[HEADER])
-        version = header["version"]
         shapes = {str(n): (int(o), int(i)) for n, (o, i) in header["deltas"].items()}
-        metadata = {str(name): str(text) for name, text in header["metadata"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"its header cannot be read: {error!r}") from error
-    if version != VERSION:
-        raise InputError(
-            f"load_deltas: {path} has version {version}, need {VERSION}; write it again"
-        )
     tensors = read_tensors(path)
     deltas = {name: _delta(path, name, shape, tensors) for name, shape in shapes.items()}
     if tensors:
         raise _damaged(path, f"its header does not tell of {', '.join(sorted(tensors))}")
-    return SavedDeltas({name: d.to(device) for name, d in deltas.items()}, metadata)
+    return SavedDeltas({name: d.to(device) for name, d in deltas.items()}, header["metadata"])
 
 
 def _delta(path, name, shape, tensors) -> WeightDelta:
@@ -140,4 +124,4 @@ def _delta(path, name, shape, tensors) -> WeightDelta:
 
 
 def _damaged(path, what: str) -> InputError:
-    return InputError(f"load_deltas: {path} is damaged: {what}; copy or download it again")
+    return damaged("load_deltas", path, what)
