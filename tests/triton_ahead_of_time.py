@@ -8,6 +8,7 @@ kernel.
 
 import re
 import subprocess
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPE_NAMES = {
@@ -29,6 +31,22 @@ COUNTED = ("STL", "LDL", "HGMMA", "IGMMA", "HMMA", "IMMA", "UTMALDG", "LDGSTS", 
 SHARED_BYTES = {(8, 0): 99 * 1024, (9, 0): 227 * 1024}
 # elements of a tile that one instruction of the copy engine moves, on each axis
 BOX_ELEMENTS = 256
+
+
+def _parse_in_turn():
+    """CPython 3.11 counts the depth of a syntax tree for all threads at once, and fails where two
+    of them make one: compilers run side by side, but parse one after the other."""
+    owner = next(c for c in JITFunction.__mro__ if "parse" in vars(c))
+    parse, turn = owner.parse, threading.Lock()
+
+    def parse_alone(self):
+        with turn:
+            return parse(self)
+
+    owner.parse = parse_alone
+
+
+_parse_in_turn()
 
 
 def missing_tool() -> str | None:
