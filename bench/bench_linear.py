@@ -101,6 +101,10 @@ def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
     return operations, passes * n_bytes
 
 
+def multiplied(case: dict, dtype: torch.dtype) -> torch.dtype:
+    return torch.int8 if case.get("a8") else dtype
+
+
 def _weight(case: dict, weight):
     if case["format"] == "dense":
         return weight

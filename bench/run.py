@@ -217,7 +217,8 @@ def measure(
     )
     outcome |= times
     operations, n_bytes = room.work(case, DTYPES[dtype].itemsize, mode)
-    least_us, bound = ceilings.least_us(operations, n_bytes, DTYPES[dtype])
+    multiplied = getattr(room, "multiplied", lambda case, dtype: dtype)(case, DTYPES[dtype])
+    least_us, bound = ceilings.least_us(operations, n_bytes, multiplied)
     ours = outcome.get(OURS)
     rows = []
     for name in variants:
