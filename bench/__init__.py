@@ -15,7 +15,7 @@ and, where there is something to say:
 
     why_not()                          -> what is missing here and how to get it, or None
     quick(case)                        -> the case in the shape that --quick times
-    multiplied(case, dtype)            -> the dtype whose products bound the case, if not the inputs'
+    multiplied(case, dtype)            -> the dtype of the products that bound it
     counts(case)                       -> what one call gets through, by unit, the same units in all
                                           cases: shown for a second
 
