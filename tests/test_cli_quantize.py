@@ -193,7 +193,7 @@ def test_an_adapter_over_a_packed_base_is_loaded_with_it(folder, capsys):
     ids = torch.tensor([list(b"one two three")])
     want = in_memory.model(ids).logits
     assert (loaded.eval()(ids).logits - want).abs().max() <= 2e-5
-    assert {r.kind for r in in_memory.report.replaced} == {"attention", "lora"}
+    assert {r.kind for r in in_memory.report.replaced} >= {"attention", "lora"}
     capsys.readouterr()
     assert (
         cli.main(["generate", "--model", "tuned", "--prompt", "one", "--max-new-tokens", "3"]) == 0

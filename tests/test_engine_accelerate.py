@@ -54,14 +54,24 @@ def attributes(model):
 
 def test_report_names_every_layer():
     report = tw.accelerate(llama())
-    assert [r.name for r in report.replaced] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    attention, _ = tiny.of_kind(report)
+    assert [r.name for r in attention] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
     assert {(r.kind, r.was, r.now) for r in report.replaced} == {
-        ("attention", "LlamaAttention", "flash_attention")
+        ("attention", "LlamaAttention", "flash_attention"),
+        ("rope", "LlamaAttention", "rope"),
+        ("norm", "LlamaRMSNorm", "rms_norm"),
+        ("mlp", "LlamaMLP", "swiglu"),
     }
     assert report.skipped == ()
     assert str(report) == (
-        "LlamaForCausalLM: 2 replaced, 0 skipped\n"
-        "  attention  model.layers.{0-1}.self_attn  LlamaAttention -> flash_attention"
+        "LlamaForCausalLM: 11 replaced, 0 skipped\n"
+        "  attention  model.layers.{0-1}.self_attn                 LlamaAttention -> "
+        "flash_attention\n"
+        "  rope       model.layers.{0-1}.self_attn                 LlamaAttention -> rope\n"
+        "  norm       model.layers.{0-1}.input_layernorm           LlamaRMSNorm -> rms_norm\n"
+        "  norm       model.layers.{0-1}.post_attention_layernorm  LlamaRMSNorm -> rms_norm\n"
+        "  norm       model.norm                                   LlamaRMSNorm -> rms_norm\n"
+        "  mlp        model.layers.{0-1}.mlp                       LlamaMLP -> swiglu"
     )
 
 
@@ -80,8 +90,9 @@ def test_layers_of_two_kinds_in_one_configuration():
         report = tw.accelerate(model)
         warnings.simplefilter("error")  # the report has said it, no call need repeat it
         got = model(ids, attention_mask=mask).logits
-    assert [r.name for r in report.replaced] == ["model.layers.1.self_attn"]
-    assert [(s.name, s.reason) for s in report.skipped] == [
+    replaced, skipped = tiny.of_kind(report)
+    assert [r.name for r in replaced] == ["model.layers.1.self_attn"]
+    assert [(s.name, s.reason) for s in skipped] == [
         ("model.layers.0.self_attn", "its layer type is chunked_attention")
     ]
     assert "Llama4TextAttention stays: its layer type is chunked_attention" in str(report)
@@ -101,7 +112,7 @@ def test_windows_to_both_sides_stay_stock():
         report = tw.accelerate(model)
         with pytest.warns(UserWarning, match="the attention mask is 4-D"):
             got = model(ids, attention_mask=mask).last_hidden_state
-    assert [r.note for r in report.replaced] == [
+    assert [r.note for r in tiny.of_kind(report)[0]] == [
         "",
         "its own where a window to both sides hides a key",
     ]
@@ -188,7 +199,25 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
+ALONE = ("no attention", "own attention", "torch's attention", "an attention layer alone")
+
+
+@pytest.mark.parametrize("case", [case for case in UNFIT if case not in ALONE])
+def test_attention_that_does_not_fit(case):
+    """It stays stock, with the reason, beside norms and others that are replaced."""
+    build, message = UNFIT[case]
+    model = build()
+    before, was = attributes(model), model.config._attn_implementation
+    report = tw.accelerate(model)
+    replaced, skipped = tiny.of_kind(report)
+    assert not replaced and skipped and message in str(report)
+    assert {r.kind for r in report.replaced} >= {"norm"}
+    assert model.config._attn_implementation == was
+    tw.restore(model)
+    assert attributes(model) == before
+
+
+@pytest.mark.parametrize("case", ALONE)
 def test_nothing_fits(case):
     build, message = UNFIT[case]
     model = build()
@@ -471,7 +500,8 @@ def test_peft_before_and_after(first, tmp_path):
     else:
         model = lora(model)
         kinds = [r.kind for r in tw.accelerate(model).replaced]
-        assert kinds == ["attention"] * 2 + ["lora"] * 4
+        assert kinds[:6] == ["attention"] * 2 + ["lora"] * 4
+        assert sorted(kinds[6:]) == ["mlp"] * 2 + ["norm"] * 5 + ["rope"] * 2
     assert train(model, tmp_path) == pytest.approx(want, abs=2e-4)
     model.save_pretrained(tmp_path / "adapter")
     assert "tilewright" not in (tmp_path / "adapter/adapter_config.json").read_text()

@@ -130,7 +130,7 @@ def test_shifted_in_a_decoder_with_an_encoder():
     """Only causal self-attention is shifted: not the encoder, not the cross-attention."""
     model = tiny.bart()
     report = tw.accelerate(model, attention="shifted", group_size=4)
-    notes = {r.name: r.note for r in report.replaced}
+    notes = {r.name: r.note for r in tiny.of_kind(report)[0]}
     assert notes["model.decoder.layers.0.self_attn"] == "shifted in training, group_size 4"
     assert notes["model.decoder.layers.0.encoder_attn"] == "not causal: dense"
     assert notes["model.encoder.layers.0.self_attn"] == "not causal: dense"

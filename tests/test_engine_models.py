@@ -11,7 +11,9 @@ import tilewright as tw
 # a call that falls back to transformers' own attention warns, and would make these tests hollow
 pytestmark = pytest.mark.filterwarnings("error:tilewright")
 
-LOGITS = 2e-5  # largest difference, on logits of size 1 to 10; float32 sums in another order
+# largest difference, on logits of size 1 to 10; float32 sums in another order. Half a last bit on
+# the outputs of gpt_oss's own norms moves one of its logits by up to 1.9e-5
+LOGITS = 3e-5
 GRADIENTS = 1e-4  # of the largest gradient
 
 
@@ -23,7 +25,8 @@ def decoder(request):
 def accelerated(model):
     """The model itself, every attention layer of it replaced."""
     report = tw.accelerate(model)
-    assert report.replaced and not report.skipped, report
+    replaced, skipped = tiny.of_kind(report)
+    assert replaced and not skipped, report
     return model
 
 

@@ -91,6 +91,14 @@ def seeded(build, **more):
     return build(**more).eval()
 
 
+def of_kind(report, kind="attention"):
+    """What a report says was replaced, and skipped, of one kind."""
+    return (
+        [r for r in report.replaced if r.kind == kind],
+        [s for s in report.skipped if s.kind == kind],
+    )
+
+
 def tokens(batch=2, length=LENGTH):
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
 

@@ -55,6 +55,10 @@ def accelerate(
                         parameters whose name holds one of them, and adapters that are trainable
                         already, get requires_grad; call it after get_peft_model
 
+    Attention, PEFT's LoRA layers, rotary positions, RMSNorm and LayerNorm, and the gates of gated
+    layers are replaced. A norm, gate or rotary function is known by its source; small calls of
+    LayerNorm and of gates, where torch is as quick, stay torch's.
+
     Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the
     state dict and saved files stay as they are; `restore` undoes all of it. A call that our
     operator cannot take (output_attentions=True, a 4-D mask) runs transformers' own attention and

@@ -1,6 +1,14 @@
 """All entries of the table, in the order in which they are applied."""
 
-from tilewright.adapt import attention, lora
+from tilewright.adapt import attention, gates, lora, norms, rotary
 from tilewright.adapt.table import Replacement
 
-TABLE: tuple[Replacement, ...] = (attention.REPLACEMENT, lora.REPLACEMENT)
+TABLE: tuple[Replacement, ...] = (
+    attention.REPLACEMENT,
+    lora.REPLACEMENT,
+    rotary.REPLACEMENT,
+    norms.RMS,
+    norms.LAYER,
+    gates.SILU,
+    gates.GELU,
+)

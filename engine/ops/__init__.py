@@ -9,6 +9,7 @@ from tilewright.ops.linear import (
     quantized_linear,
     sampled_product,
 )
+from tilewright.ops.norm import embedding, geglu, layer_norm, rms_norm, rope, swiglu
 from tilewright.ops.quant import (
     FP4,
     FP8,
@@ -62,11 +63,14 @@ __all__ = [
     "WeightDelta",
     "dequantize_blockwise",
     "dequantize_weight",
+    "embedding",
     "error_statistics",
     "flash_attention",
     "flash_decode",
     "fused_linear",
+    "geglu",
     "largest_gradients",
+    "layer_norm",
     "load_deltas",
     "load_packed",
     "lora_linear",
@@ -83,10 +87,13 @@ __all__ = [
     "read_gptq",
     "regrow_by_extremes",
     "regrow_by_gradient",
+    "rms_norm",
+    "rope",
     "sampled_product",
     "save_deltas",
     "save_packed",
     "share_to_regrow",
+    "swiglu",
     "to_bitsandbytes",
     "unmerge_delta",
 ]
