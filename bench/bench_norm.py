@@ -20,7 +20,7 @@ BF16 = dict(dtypes=("bf16",), modes=("fwd", "fwd+bwd"))
 ONE = dict(dtypes=("bf16", "float32"), modes=("fwd",))
 WEIGHTED = dict(gradients=("x", "weight"))
 
-CASES = {
+CASES: dict[str, dict] = {
     "rms-2k-4096": dict(op="rms", T=2048, N=4096, **BOTH),
     "rms-2k-4096-trained": dict(op="rms", T=2048, N=4096, **WEIGHTED, **BF16),
     "rms-2k-2048-gemma": dict(op="gemma", T=2048, N=2048, **BF16),

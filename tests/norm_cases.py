@@ -37,7 +37,7 @@ def module_forward(cls, x, weight, eps):
     module = cls(x.shape[-1], eps=eps)
     if weight is None:
         module.weight = None
-        weight = torch.full(x.shape[-1:], float(cls is not GemmaRMSNorm), dtype=x.dtype)
+        weight = torch.full(x.shape[-1:], float(cls is not GemmaRMSNorm)).to(x)
     del module.weight
     module.weight = weight
     return module(x)
@@ -238,10 +238,7 @@ def both_ways(function, tensors, leaves, **kwargs):
     }
     outputs = function(**tensors, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [
-        normal(*y.shape, seed=9 + i).to(y.dtype) if y.dim() else torch.ones_like(y)
-        for i, y in enumerate(outputs)
-    ]
+    upstream = [normal(*y.shape, seed=9 + i).to(y) for i, y in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, [tensors[name] for name in leaves], upstream)
     named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return named | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}

@@ -186,7 +186,7 @@ def _norm_setup(ctx, inputs, output):
     ctx.rest = rest
 
 
-def _norm_autograd(ctx, dy, dsum, dstats):
+def _norm_autograd(ctx, dy, dsum, dstats, is_direct=False):
     x, weight, bias, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wants = [needs[0] or needs[3], needs[1], needs[2]]
@@ -195,11 +195,10 @@ def _norm_autograd(ctx, dy, dsum, dstats):
         grads = [dsum if wants[0] else None, None, None]
     else:
         dsum = dsum if wants[0] else None
+        run = _norm_backward if is_direct else torch.ops.tilewright.norm_backward
         grads = _or_none(
             wants,
-            torch.ops.tilewright.norm_backward(
-                dy, dsum, x, weight, bias, stats, eps, weight_offset, kind, wants, impl
-            ),
+            run(dy, dsum, x, weight, bias, stats, eps, weight_offset, kind, wants, impl),
         )
     dx, dweight, dbias = grads
     return (dx if needs[0] else None), dweight, dbias, (dx if needs[3] else None), *[None] * 4
@@ -218,7 +217,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dsum=None):
-        return _norm_autograd(ctx, dy, dsum, None)
+        return _norm_autograd(ctx, dy, dsum, None, may_go_direct(dy, dsum))
 
 
 def call_norm(x, weight, bias, residual, eps, weight_offset, kind, impl):
@@ -253,12 +252,11 @@ def _rope_setup(ctx, inputs, output):
     ctx.rest = rest
 
 
-def _rope_autograd(ctx, dy):
+def _rope_autograd(ctx, dy, is_direct=False):
     cos, sin, positions = ctx.saved_tensors
     interleaved, heads_first, inverse, impl = ctx.rest
-    dx = torch.ops.tilewright.rope(
-        dy, cos, sin, positions, interleaved, heads_first, not inverse, impl
-    )
+    run = _rope if is_direct else torch.ops.tilewright.rope
+    dx = run(dy, cos, sin, positions, interleaved, heads_first, not inverse, impl)
     return dx, *[None] * 7
 
 
@@ -278,7 +276,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *_rope_autograd(ctx, dy), None
+        return *_rope_autograd(ctx, dy, may_go_direct(dy)), None
 
 
 def call_rope(x, cos, sin, positions, interleaved, heads_first, in_place, impl):
@@ -317,11 +315,12 @@ def _gated_setup(ctx, inputs, output):
     ctx.rest = rest
 
 
-def _gated_autograd(ctx, dy):
+def _gated_autograd(ctx, dy, is_direct=False):
     gate, up = ctx.saved_tensors
     activation, impl = ctx.rest
     wants = list(ctx.needs_input_grad[:2])
-    found = torch.ops.tilewright.gated_backward(dy, gate, up, activation, wants, impl)
+    run = _gated_backward if is_direct else torch.ops.tilewright.gated_backward
+    found = run(dy, gate, up, activation, wants, impl)
     return *_or_none(wants, found), None, None
 
 
@@ -336,7 +335,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _gated_autograd(ctx, dy)
+        return _gated_autograd(ctx, dy, may_go_direct(dy))
 
 
 def call_gated(gate, up, activation, impl):
@@ -365,9 +364,10 @@ def _embedding_setup(ctx, inputs, output):
     ctx.n_rows, ctx.rest = weight.shape[0], rest
 
 
-def _embedding_autograd(ctx, dy):
+def _embedding_autograd(ctx, dy, is_direct=False):
     (ids,) = ctx.saved_tensors
-    dweight = torch.ops.tilewright.embedding_backward(dy, ids, ctx.n_rows, *ctx.rest)
+    run = _embedding_backward if is_direct else torch.ops.tilewright.embedding_backward
+    dweight = run(dy, ids, ctx.n_rows, *ctx.rest)
     return None, dweight, None, None, None
 
 
@@ -382,7 +382,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _embedding_autograd(ctx, dy)
+        return _embedding_autograd(ctx, dy, may_go_direct(dy))
 
 
 def call_embedding(ids, weight, padding_row, by_frequency, impl):
