@@ -88,8 +88,12 @@ void forward_rows(const NormCall& call, int64_t begin, int64_t end) {
       if constexpr (CENTRED) v = sub(v, set1(mean));
       v = mul(v, set1(r));
       if constexpr (EARLY) v = rounded<T>(v);
-      if (weight) v = mul(v, add(offset, ld(weight + c)));
-      if (bias) v = add(v, ld(bias + c));
+      if constexpr (CENTRED) {  // without an offset
+        const vf shift = bias ? ld(bias + c) : zero();
+        v = weight ? fma(v, ld(weight + c), shift) : add(v, shift);
+      } else if (weight) {
+        v = mul(v, add(offset, ld(weight + c)));
+      }
       st(y + c, v);
     });
   }
@@ -122,30 +126,33 @@ void backward_rows(const NormBackwardCall& call, float* dweight, float* dbias, i
     const T* dsum = row_of<const T>(call.dsum, i);
     T* dx = row_of<T>(call.dx, i);
     const vf r = set1(f.rstd[i]), mean = set1(CENTRED ? f.mean[i] : 0.0f);
-    const auto normalised = [&](vf v) { return mul(CENTRED ? sub(v, mean) : v, r); };
+    const auto centred = [&](vf v) { return CENTRED ? sub(v, mean) : v; };
     const auto times_weight = [&](vf g, int64_t c, auto ld) {
-      return weight ? mul(g, add(offset, ld(weight + c))) : g;
+      if (!weight) return g;
+      return mul(g, CENTRED ? ld(weight + c) : add(offset, ld(weight + c)));
     };
     if (dweight || dbias)
       over_columns(width, [&](int64_t c, auto ld, auto st) {
         const vf g = ld(dy + c);
-        if (dweight) st(dweight + c, fma(g, normalised(ld(x + c)), ld(dweight + c)));
+        if (dweight) st(dweight + c, fma(g, mul(centred(ld(x + c)), r), ld(dweight + c)));
         if (dbias) st(dbias + c, add(g, ld(dbias + c)));
       });
     if (!dx) continue;
-    float of_m = 0.0f;
-    if constexpr (CENTRED)
-      of_m = sum_over(width, [&](int64_t c, auto ld, auto, vf a) {
-        return add(a, times_weight(ld(dy + c), c, ld));  // dy is 0 past the end
-      });
+    vf of_m = zero();
     const float of_product = sum_over(width, [&](int64_t c, auto ld, auto, vf a) {
-      return fma(times_weight(ld(dy + c), c, ld), normalised(ld(x + c)), a);
+      const vf m = times_weight(ld(dy + c), c, ld);  // dy is 0 past the end
+      if constexpr (CENTRED) of_m = add(of_m, m);
+      return fma(m, centred(ld(x + c)), a);
     });
-    const vf mean_m = set1(of_m / n), mean_product = set1(of_product / n);
+    // r m - r mean(m) - (r^3 sum of m (x - mean) / n) (x - mean)
+    const float scale = f.rstd[i];
+    const vf of_x = set1(-scale * (scale * (scale * (of_product / n)))),
+             rest = set1(-scale * (sum(of_m) / n));
     over_columns(width, [&](int64_t c, auto ld, auto st) {
-      vf m = times_weight(ld(dy + c), c, ld);
-      if constexpr (CENTRED) m = sub(m, mean_m);
-      vf d = mul(r, sub(m, mul(normalised(ld(x + c)), mean_product)));
+      const vf m = times_weight(ld(dy + c), c, ld);
+      vf d = mul(r, m);
+      if constexpr (CENTRED) d = add(d, rest);
+      d = fma(centred(ld(x + c)), of_x, d);
       if (dsum) d = add(d, ld(dsum + c));
       st(dx + c, d);
     });

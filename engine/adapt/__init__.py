@@ -56,8 +56,8 @@ def accelerate(
                         already, get requires_grad; call it after get_peft_model
 
     Attention, PEFT's LoRA layers, rotary positions, RMSNorm and LayerNorm, and the gates of gated
-    layers are replaced. A norm, gate or rotary function is known by its source; small calls of
-    LayerNorm and of gates, where torch is as quick, stay torch's.
+    layers are replaced. A norm, gate or rotary function is known by its source; on a CPU
+    LayerNorm in float32, and short calls of it and of gates, where torch is as quick, stay torch's.
 
     Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the
     state dict and saved files stay as they are; `restore` undoes all of it. A call that our

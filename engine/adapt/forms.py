@@ -20,7 +20,7 @@ from tilewright.native import why_not_native
 
 PLAIN = (torch.Tensor, nn.Parameter)  # no DTensor, whose data_ptr() is not the whole tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEW = 1 << 15  # elements: below, torch's short chains of operators take less than one call of ours
+FEW = 1 << 16  # elements: below, torch's short chains of operators take less than one call of ours
 
 
 @functools.cache

@@ -55,7 +55,7 @@ class LayerForm:
         weight, bias = norm.weight, norm.bias
         if (
             type(input) not in PLAIN
-            or (input.numel() < FEW and input.device.type == "cpu")
+            or (input.device.type == "cpu" and _torch_is_as_quick(input))
             or not _is_ordinary(input, weight, bias)
             or torch.is_autocast_enabled(input.device.type)
         ):
@@ -76,6 +76,11 @@ def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.shape[-1:] == weight.shape
         and x.device == weight.device
     )
+
+
+def _torch_is_as_quick(x: torch.Tensor) -> bool:
+    """torch's LayerNorm on a CPU is at its best in float32, and where a call is short."""
+    return x.dtype == torch.float32 or x.numel() < 2 * FEW
 
 
 def _is_ordinary(x, weight, bias) -> bool:

@@ -195,11 +195,11 @@ def _norm_autograd(ctx, dy, dsum, dstats, is_direct=False):
         grads = [dsum if wants[0] else None, None, None]
     else:
         dsum = dsum if wants[0] else None
-        run = _norm_backward if is_direct else torch.ops.tilewright.norm_backward
-        grads = _or_none(
-            wants,
-            run(dy, dsum, x, weight, bias, stats, eps, weight_offset, kind, wants, impl),
-        )
+        arguments = (dy, dsum, x, weight, bias, stats, eps, weight_offset, kind, wants)
+        if is_direct:
+            grads = _chosen(_norm_name(kind), impl, x).norm_backward(*arguments)
+        else:
+            grads = _or_none(wants, torch.ops.tilewright.norm_backward(*arguments, impl))
     dx, dweight, dbias = grads
     return (dx if needs[0] else None), dweight, dbias, (dx if needs[3] else None), *[None] * 4
 
@@ -319,9 +319,12 @@ def _gated_autograd(ctx, dy, is_direct=False):
     gate, up = ctx.saved_tensors
     activation, impl = ctx.rest
     wants = list(ctx.needs_input_grad[:2])
-    run = _gated_backward if is_direct else torch.ops.tilewright.gated_backward
-    found = run(dy, gate, up, activation, wants, impl)
-    return *_or_none(wants, found), None, None
+    arguments = (dy, gate, up, activation, wants)
+    if is_direct:
+        found = _chosen(_gated_name(activation), impl, gate).gated_backward(*arguments)
+    else:
+        found = _or_none(wants, torch.ops.tilewright.gated_backward(*arguments, impl))
+    return *found, None, None
 
 
 class _Gated(torch.autograd.Function):
