@@ -9,10 +9,10 @@
 #include "common/arena.h"
 #include "common/by_dtype.h"
 #include "common/packed_lines.h"
+#include "common/panel_extents.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "linear/eight_bits.h"
-#include "linear/panel_extents.h"
 
 namespace tw {
 namespace {

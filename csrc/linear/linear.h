@@ -8,14 +8,9 @@
 
 #include "common/dtype.h"
 #include "common/packed_weight.h"
+#include "common/rows.h"
 
 namespace tw {
-
-// Rows of contiguous elements; `row` is the stride between rows, in elements.
-struct Rows {
-  void* data;
-  int64_t row;
-};
 
 // A sparse D (O, I) by rows: columns[n] and values[n] for offsets[o] <= n < offsets[o + 1].
 struct SparseDelta {
