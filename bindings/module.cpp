@@ -14,6 +14,7 @@ void register_attention(py::module_& m);
 void register_ceilings(py::module_& m);
 void register_linear(py::module_& m);
 void register_norm(py::module_& m);
+void register_moe(py::module_& m);
 void register_quant(py::module_& m);
 void register_sparse(py::module_& m);
 
@@ -41,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
   register_ceilings(m);
   register_linear(m);
   register_norm(m);
+  register_moe(m);
   register_quant(m);
   register_sparse(m);
 }

@@ -1,0 +1,118 @@
+// tensors as (pointer, strides) -> csrc/moe: checks what pointers cannot say.
+#include "moe/moe.h"
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "packed.h"
+
+namespace py = pybind11;
+
+namespace {
+
+tw::Gate gate_of(const std::string& name) {
+  if (name == "swiglu") return tw::Gate::swiglu;
+  if (name == "geglu") return tw::Gate::geglu;
+  if (name == "geglu_tanh") return tw::Gate::geglu_tanh;
+  if (name == "clamped_swiglu") return tw::Gate::clamped_swiglu;
+  tw::fail_check("moe_mlp: activation ", name, ", need swiglu, geglu, geglu_tanh or clamped_swiglu");
+}
+
+tw::Rows rows_of(const py::tuple& t) { return {pointer<void>(t[0]), t[1].cast<int64_t>()}; }
+
+// (data pointer, stride between experts, row stride), or a packed weight's tuple
+tw::ExpertWeight weight_of(const py::tuple& t, int64_t n_in, bool is_packed) {
+  tw::ExpertWeight w = {};
+  if (is_packed)
+    w.packed = packed_of("moe_mlp", t, n_in);
+  else
+    w = {{pointer<void>(t[0]), t[2].cast<int64_t>()}, t[1].cast<int64_t>(), {}};
+  return w;
+}
+
+// dtype, (T, K, E, H, I), (activation, alpha, limit, interleaved, transposed, scale_input), x, gates, order,
+// starts, up, down, is_packed, up_bias, down_bias, z, threads
+tw::MoeCall call_of(const std::string& dtype, const py::tuple& extents, const py::tuple& rule,
+                    const py::tuple& x, int64_t gates, int64_t order, int64_t starts, const py::tuple& up,
+                    const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias, int64_t z,
+                    int threads) {
+  tw::MoeCall call = {};
+  call.dtype = dtype_of("moe_mlp", dtype);
+  call.tokens = extents[0].cast<int64_t>();
+  call.slots = extents[1].cast<int64_t>();
+  call.experts = extents[2].cast<int64_t>();
+  call.features = extents[3].cast<int64_t>();
+  call.width = extents[4].cast<int64_t>();
+  TW_CHECK(call.tokens >= 0 && call.slots >= 0 && call.experts >= 0 && call.features >= 0 && call.width >= 0,
+           "moe_mlp: negative extent");
+  TW_CHECK(threads >= 1, "moe_mlp: threads is ", threads, ", need at least 1");
+  call.gate = gate_of(rule[0].cast<std::string>());
+  call.alpha = rule[1].cast<float>();
+  call.limit = rule[2].cast<float>();
+  call.interleaved = rule[3].cast<bool>();
+  call.transposed = rule[4].cast<bool>();
+  call.scale_input = rule[5].cast<bool>();
+  call.x = rows_of(x);
+  call.gates = reinterpret_cast<const float*>(gates);
+  call.order = reinterpret_cast<const int32_t*>(order);
+  call.starts = reinterpret_cast<const int64_t*>(starts);
+  call.up = weight_of(up, call.features, is_packed);
+  call.down = weight_of(down, call.width, is_packed);
+  call.up_bias = reinterpret_cast<const float*>(up_bias);
+  call.down_bias = reinterpret_cast<const float*>(down_bias);
+  call.z = reinterpret_cast<void*>(z);
+  call.threads = threads;
+  // what order and starts say is followed without looking
+  const int64_t slots = call.tokens * call.slots;
+  TW_CHECK(call.starts && call.starts[0] == 0 && call.starts[call.experts] <= slots,
+           "moe_mlp: starts do not begin with 0 or end past ", slots, " slots");
+  for (int64_t e = 0; e < call.experts; ++e)
+    TW_CHECK(call.starts[e] <= call.starts[e + 1], "moe_mlp: starts[", e, "] is ", call.starts[e],
+             ", which is more than the next");
+  for (int64_t r = 0; r < slots; ++r)
+    TW_CHECK(call.order[r] >= 0 && call.order[r] < slots, "moe_mlp: order[", r, "] is ", call.order[r],
+             ", need 0 to ", slots - 1);
+  return call;
+}
+
+void expect_memory(bool had) {
+  if (!had) throw std::runtime_error("moe_mlp: no memory for scratch");
+}
+
+void forward(const py::tuple& y, const std::string& dtype, const py::tuple& extents, const py::tuple& rule,
+             const py::tuple& x, int64_t gates, int64_t order, int64_t starts, const py::tuple& up,
+             const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias, int64_t z,
+             int threads) {
+  tw::MoeCall call = call_of(dtype, extents, rule, x, gates, order, starts, up, down, is_packed, up_bias,
+                             down_bias, z, threads);
+  call.y = rows_of(y);
+  py::gil_scoped_release release;
+  expect_memory(tw::moe_forward(call));
+}
+
+// gradients: dgates, dup, ddown, dup_bias, ddown_bias, 0 where not wanted
+void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradients, const std::string& dtype,
+              const py::tuple& extents, const py::tuple& rule, const py::tuple& x, int64_t gates,
+              int64_t order, int64_t starts, const py::tuple& up, const py::tuple& down, bool is_packed,
+              int64_t up_bias, int64_t down_bias, int64_t z, int threads) {
+  tw::MoeBackwardCall call = {};
+  call.forward = call_of(dtype, extents, rule, x, gates, order, starts, up, down, is_packed, up_bias,
+                         down_bias, z, threads);
+  call.dy = rows_of(dy);
+  call.dx = rows_of(dx);
+  call.dgates = pointer<float>(gradients[0]);
+  call.dup = pointer<void>(gradients[1]);
+  call.ddown = pointer<void>(gradients[2]);
+  call.dup_bias = pointer<float>(gradients[3]);
+  call.ddown_bias = pointer<float>(gradients[4]);
+  py::gil_scoped_release release;
+  expect_memory(tw::moe_backward(call));
+}
+
+}  // namespace
+
+void register_moe(py::module_& m) {
+  m.def("moe_forward", &forward);
+  m.def("moe_backward", &backward);
+}

@@ -1,0 +1,262 @@
+// Forward where each expert has a few rows: an expert's weights are read once and meet all its rows in
+// registers; experts without rows are not touched. Lines of codes are decoded in registers.
+#include "moe/experts.h"
+
+namespace tw {
+namespace {
+
+constexpr int kFewRows = 4;       // of an expert at most
+constexpr int64_t kRowUnit = 64;  // elements that rows are padded to: whole lines, whole vectors
+constexpr int kDots = 4;          // rows of a weight that are read side by side
+constexpr int kStep = 64;         // outputs that a thread takes at once: whole blocks of lines
+constexpr int kVectorsOfStep = kStep / W;
+constexpr int kFarAhead = 16;  // rows of prefetching where a step reads pieces of them
+
+// Rows of one expert: values `ld` apart, zeros past the depth; results `to_ld` apart.
+template <class C>
+struct FewRows {
+  const C* x;
+  int64_t ld, depth;
+  float* to;
+  int64_t to_ld;
+};
+
+// W units of a dense row, as the products of type C take them
+template <class C, class T>
+[[gnu::always_inline]] inline auto dense_lanes(const T* row) {
+  if constexpr (sizeof(C) == sizeof(T))
+    return Unit<C>::lanes(reinterpret_cast<const C*>(row));
+  else
+    return load(row);
+}
+
+// to[r][n] for n in [n0, n1), where outputs are rows of the weight
+template <class T, class C, int ROWS>
+inline void by_rows(const FewRows<C>& few, const Rows& weight, int64_t n0, int64_t n1) {
+  constexpr int kUnits = W * Unit<C>::kDepth;
+  const int64_t whole = few.depth / kUnits * kUnits;
+  for (int64_t n = n0; n < n1; n += kDots) {
+    const T* rows[kDots];
+    for (int d = 0; d < kDots; ++d) rows[d] = row_at<T>(weight, least(n + d, n1 - 1), 0);
+    vf sums[kDots][ROWS];
+    for (auto& of_row : sums)
+      for (vf& sum : of_row) sum = zero();
+    for (int64_t i = 0; i < whole; i += kUnits)
+#pragma GCC unroll 4
+      for (int d = 0; d < kDots; ++d) {
+        const auto lanes = dense_lanes<C>(rows[d] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+          sums[d][r] = Unit<C>::mac(sums[d][r], Unit<C>::lanes(few.x + r * few.ld + i), lanes);
+      }
+    for (int d = 0; d < kDots && n + d < n1; ++d)
+      for (int r = 0; r < ROWS; ++r) {
+        vf tail = zero();
+        for (int64_t i = whole; i < few.depth; i += W) {
+          const int some = static_cast<int>(least(W, few.depth - i));
+          tail = fma(load_n(few.x + r * few.ld + i, some), load_n(rows[d] + i, some), tail);
+        }
+        few.to[r * few.to_ld + n + d] = sum(add(sums[d][r], tail));
+      }
+  }
+}
+
+// The same where outputs are columns of the weight.
+template <class T, class C, int ROWS>
+inline void by_columns(const FewRows<C>& few, const Rows& weight, int64_t n0, int64_t n1) {
+  const int lanes = static_cast<int>(n1 - n0), vectors = (lanes + W - 1) / W;
+  for (int v = 0; v < vectors; v += 4) {
+    vf sums[ROWS][4];
+    for (auto& of_row : sums)
+      for (vf& sum : of_row) sum = zero();
+    for (int64_t k = 0; k < few.depth; ++k) {
+      const T* row = row_at<T>(weight, k, n0 + v * W);
+      if (k + kFarAhead < few.depth) __builtin_prefetch(row + kFarAhead * weight.row, 0, 2);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int some = static_cast<int>(most(0, least(W, lanes - (v + i) * W)));
+        const vf w = some == W ? load(row + i * W) : load_n(row + i * W, some);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sums[r][i] = fma(set1(to_float(few.x[r * few.ld + k])), w, sums[r][i]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < 4; ++i) {
+        const int some = static_cast<int>(most(0, least(W, lanes - (v + i) * W)));
+        if (some > 0) store_n(few.to + r * few.to_ld + n0 + (v + i) * W, sums[r][i], some);
+      }
+  }
+}
+
+// The same of a packed weight: the sixteen outputs of row block `block`, written from column n0 on.
+template <Codes KIND, class C, int ROWS>
+inline void by_lines(const FewRows<C>& few, const PackedWeight& w, int64_t block, int64_t n0, int64_t n1) {
+  const Table table(w.table);
+  vf sums[kRowVectors][ROWS];
+  for (auto& of_vector : sums)
+    for (vf& sum : of_vector) sum = zero();
+  const auto add_line = [&](int i, const uint8_t* line, const RowValues& scale, const RowValues& offset) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kRowVectors; ++v) {
+      const vi words = load_words(line + v * W * 4);
+      vf part[ROWS], total[ROWS];
+      for (int r = 0; r < ROWS; ++r) part[r] = total[r] = zero();
+      each_input<KIND>([&](auto at) {
+        constexpr int K = decltype(at)::value;
+        const vf value = line_value<KIND, K>(table, words);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          const vf x = set1(to_float(few.x[r * few.ld + i + K]));
+          part[r] = fma(value, x, part[r]);
+          if (w.offsets) total[r] = add(total[r], x);
+        }
+      });
+      for (int r = 0; r < ROWS; ++r) {
+        sums[v][r] = fma(part[r], scale.v[v], sums[v][r]);
+        if (w.offsets) sums[v][r] = fma(total[r], offset.v[v], sums[v][r]);
+      }
+    }
+  };
+  each_line<KIND>(w, block, 0, static_cast<int>(few.depth), add_line);
+  for (int v = 0; v < kRowVectors; ++v)
+    for (int r = 0; r < ROWS; ++r) {
+      const int some = static_cast<int>(most(0, least(W, n1 - n0 - v * W)));
+      if (some > 0) store_n(few.to + r * few.to_ld + n0 + v * W, sums[v][r], some);
+    }
+}
+
+template <class T, class C, int ROWS>
+inline void product_step(const FewRows<C>& few, const Weight<T, C>& weight, int64_t e, int64_t n0) {
+  const int64_t n1 = least(n0 + kStep, weight.n_out);
+  if (!weight.w.rows.data)
+    by_kind(weight.w.packed.kind, [&](auto kind) {
+      for (int64_t n = n0; n < n1; n += kLineRows)
+        by_lines<decltype(kind)::value, C, ROWS>(few, weight.w.packed, (e * weight.n_out + n) / kLineRows, n,
+                                                 n1);
+    });
+  else if (weight.transposed)
+    by_columns<T, C, ROWS>(few, weight.of(e), n0, n1);
+  else
+    by_rows<T, C, ROWS>(few, weight.of(e), n0, n1);
+}
+
+// Rows between the two products, all of them; each expert's are followed by kFewRows more that may be read.
+template <class C>
+struct Between {
+  C* data;
+  int64_t depth, ld;
+
+  explicit Between(int64_t d) : data(nullptr), depth(d), ld(round_up(d, kRowUnit)) {}
+  int64_t elements(int64_t rows) const { return (rows + kFewRows) * ld; }
+  C* at(int64_t row) const { return data + row * ld; }
+};
+
+// to (rows, n_out) = rows of x times the weights of their experts; neighbouring outputs to one thread.
+template <class T, class C>
+inline void few_products(const MoeCall& call, const Between<C>& x, const Weight<T, C>& weight, float* to,
+                         const int64_t* active, int64_t n_active, const Team& team) {
+  const int64_t steps = (weight.n_out + kStep - 1) / kStep, all = n_active * steps;
+  for (int64_t i = all * team.id / team.size; i < all * (team.id + 1) / team.size; ++i) {
+    const int64_t e = active[i / steps], row = call.starts[e], rows = call.starts[e + 1] - row;
+    const FewRows<C> few{x.at(row), x.ld, x.depth, to + row * weight.n_out, weight.n_out};
+    if (rows == 1)
+      product_step<T, C, 1>(few, weight, e, i % steps * kStep);
+    else if (rows == 2)
+      product_step<T, C, 2>(few, weight, e, i % steps * kStep);
+    else if (rows == 3)
+      product_step<T, C, 3>(few, weight, e, i % steps * kStep);
+    else
+      product_step<T, C, 4>(few, weight, e, i % steps * kStep);
+  }
+}
+
+template <class T, class C, Gate GATE>
+inline void gate_row(const MoeCall& call, const float* sums, int64_t e, int64_t row, const Between<C>& a) {
+  const float* bias = call.up_bias ? call.up_bias + e * 2 * call.width : nullptr;
+  T* z = call.z ? static_cast<T*>(call.z) + row * 2 * call.width : nullptr;
+  for (int64_t i = 0; i < call.width; i += W) {
+    const int some = static_cast<int>(least(W, call.width - i));
+    GateAndUp pair = load_pair(sums, i, call.width, some, call.interleaved);
+    if (bias) {
+      const GateAndUp b = load_pair(bias, i, call.width, some, call.interleaved);
+      pair = {add(pair.gate, b.gate), add(pair.up, b.up)};
+    }
+    if (z) store_pair(z, i, call.width, some, call.interleaved, pair.gate, pair.up);
+    store_n(a.at(row) + i, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);
+  }
+  fill_zero(a.at(row) + a.depth, a.ld - a.depth);
+}
+
+template <class T>
+bool few_rows(const MoeCall& call) {
+  using C = typename ComputeType<T>::type;
+  const int64_t rows = call.starts[call.experts];
+  const Weight<T, C> up{call.up, call.experts, 2 * call.width, call.features, call.transposed};
+  const Weight<T, C> down{call.down, call.experts, call.features, call.width, call.transposed};
+  const double weights = 3.0 * static_cast<double>(least(rows, call.experts)) *
+                         static_cast<double>(call.features) * static_cast<double>(call.width);
+  const int threads = weights < kSerialWeights ? 1 : call.threads;
+  Between<C> x(call.features), a(call.width);
+  float *sums = nullptr, *out = nullptr;
+  int64_t* active = nullptr;
+  int32_t* row_of = nullptr;
+  const auto lay_out = [&](char* base) {
+    Arena arena{base};
+    active = arena.take<int64_t>(call.experts);
+    row_of = arena.take<int32_t>(call.tokens * call.slots);
+    x.data = arena.take<C>(x.elements(rows));
+    a.data = arena.take<C>(a.elements(rows));
+    sums = arena.take<float>(rows * 2 * call.width);
+    out = arena.take<float>(rows * call.features);
+    return arena.at - base;
+  };
+  char* workspace = take_workspace(lay_out(nullptr));
+  if (!workspace) return false;
+  lay_out(workspace);
+  invert(call, row_of);
+  int64_t n_active = 0;
+  for (int64_t e = 0; e < call.experts; ++e) {
+    if (call.starts[e + 1] > call.starts[e]) active[n_active++] = e;
+    for (int64_t r = call.starts[e]; r < call.starts[e + 1]; ++r)
+      gather_row<T>(x.at(r), call.x, token_of(call, r), 0, static_cast<int>(call.features),
+                    static_cast<int>(x.ld), call.scale_input ? gate_of(call, r) : 1.0f);
+  }
+  run_team(threads, [&](const Team& team) {
+    few_products(call, x, up, sums, active, n_active, team);
+    team.barrier();
+    for (int64_t i = team.id; i < n_active; i += team.size)
+      for (int64_t r = call.starts[active[i]]; r < call.starts[active[i] + 1]; ++r)
+        by_gate(call.gate, [&](auto gate) {
+          gate_row<T, C, decltype(gate)::value>(call, sums + r * 2 * call.width, active[i], r, a);
+        });
+    team.barrier();
+    few_products(call, a, down, out, active, n_active, team);
+    team.barrier();
+    for (int64_t i = team.id; i < n_active; i += team.size)
+      for (int64_t r = call.starts[active[i]]; r < call.starts[active[i] + 1]; ++r) {
+        const vf by = set1(call.scale_input ? 1.0f : gate_of(call, r));
+        const float* bias = call.down_bias ? call.down_bias + active[i] * call.features : nullptr;
+        for (int64_t h = 0; h < call.features; h += W) {
+          const int some = static_cast<int>(least(W, call.features - h));
+          float* at = out + r * call.features + h;
+          const vf y = bias ? add(load_n(at, some), load_n(bias + h, some)) : load_n(at, some);
+          store_n(at, mul(y, by), some);
+        }
+      }
+    team.barrier();
+    add_slots<T>(call, call.y, out, row_of, team);
+  });
+  give_workspace(workspace);
+  return true;
+}
+
+}  // namespace
+
+namespace TW_ISA {
+
+bool moe_rows(const MoeCall& call) {
+  return by_dtype(call.dtype, [&](auto x) { return few_rows<decltype(x)>(call); });
+}
+
+}  // namespace TW_ISA
+}  // namespace tw

@@ -1,0 +1,109 @@
+"""torch tensors -> pointers, extents and strides of the C++ kernels (csrc/moe)."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.native import native
+from tilewright.ops.common.packed import PackedWeight
+from tilewright.ops.common.packed_cpu import native_packed
+from tilewright.ops.moe.problem import DENSE, Operands, Problem
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NO_ROWS = (0, 0)
+
+
+def why_not(p: Problem) -> str | None:
+    if p.device != "cpu":
+        return f"tensors are on {p.device}"
+    if p.dtype not in NAMES:
+        return f"no kernel for {p.dtype}"
+    for packing, n_in in ((p.up, p.features), (p.down, p.width)):
+        if packing.format != DENSE and packing.group_size % 8 and packing.group_size < n_in:
+            return f"group_size is {packing.group_size}, the kernel needs a multiple of 8"
+    try:
+        native()
+    except (ImportError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _in_rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` with neighbours along its last axis side by side; a copy where they are not."""
+    if t.is_conj() or t.is_neg():
+        raise ValueError("moe_mlp: a conjugated or negated view; call .resolve_neg() first")
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _rows(t: torch.Tensor | None) -> tuple[int, int]:
+    return NO_ROWS if t is None else (t.data_ptr(), t.stride(0))
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _floats(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.detach().float().contiguous()
+
+
+def _whole(packed: PackedWeight) -> PackedWeight:
+    if packed.offsets is not None:
+        dtype = torch.float32 if packed.nested else packed.scales.dtype
+        offsets = packed.offsets
+        packed = packed.map(lambda t: t.to(dtype) if t is offsets else t)
+    return packed.map(torch.Tensor.contiguous)
+
+
+class _Held:
+    """A call's tensors in the layout the kernels read, kept alive until it returns."""
+
+    def __init__(self, x, gates, order, starts, z, o: Operands, p: Problem):
+        self.x, self.gates, self.z = _in_rows(x), _floats(gates), z
+        self.order, self.starts = order.contiguous(), starts.contiguous()
+        self.biases = _floats(o.gate_up_bias), _floats(o.down_bias)
+        self.is_packed = o.gate_up is None
+        if o.gate_up is None or o.down is None:
+            self.weights: tuple = _whole(p.packed_gate_up(o)), _whole(p.packed_down(o))
+            self.natives = tuple(native_packed(w) for w in self.weights)
+        else:
+            self.weights = _in_rows(o.gate_up), _in_rows(o.down)
+            self.natives = tuple((w.data_ptr(), w.stride(0), w.stride(1)) for w in self.weights)
+
+    def arguments(self, p: Problem) -> tuple:
+        return (
+            NAMES[p.dtype], (p.tokens, p.slots, p.experts, p.features, p.width),
+            (p.activation, p.alpha, p.limit, p.interleaved, p.transposed, p.scale_input),
+            _rows(self.x), _address(self.gates), self.order.data_ptr(), self.starts.data_ptr(),
+            *self.natives, self.is_packed, *(_address(b) for b in self.biases), _address(self.z),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def forward(x, gates, order, starts, keeps, o: Operands, p: Problem):
+    y = x.new_empty(p.tokens, p.features)
+    z = x.new_empty(order.numel() if keeps else 0, 2 * p.width)
+    z[int(starts[-1]) :] = 0  # of slots that go nowhere
+    held = _Held(x, gates, order, starts, z if keeps else None, o, p)
+    native().moe_forward(_rows(y), *held.arguments(p))
+    return y, z
+
+
+def backward(dy, x, gates, z, order, starts, o: Operands, p: Problem, wants):
+    held = _Held(x, gates, order, starts, z, o, p)
+    dy = _in_rows(dy)
+    inputs = (x, gates, o.gate_up, o.down, o.gate_up_bias, o.down_bias)
+    dtypes = (x.dtype, torch.float32, x.dtype, x.dtype, torch.float32, torch.float32)
+    grads: list[torch.Tensor | None] = [None] * len(inputs)
+    for i, (t, dtype, wants_it) in enumerate(zip(inputs, dtypes, wants, strict=True)):
+        if wants_it:
+            grads[i] = torch.empty(t.shape, dtype=dtype)
+    if grads[1] is not None:
+        grads[1].zero_()  # slots that go nowhere
+    dx, *others = grads
+    native().moe_backward(
+        _rows(dy), _rows(dx), tuple(_address(g) for g in others), *held.arguments(p)
+    )
+    return tuple(
+        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
+    )
