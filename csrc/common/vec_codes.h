@@ -115,6 +115,25 @@ inline vf e4m3_byte(vi words) {
   return select(lt(abs(x), set1(480.0f)), x, set1(__builtin_nanf("")));
 }
 
+// Sixteen values as the products of type C take them, found by the low four bits of each half of a word.
+template <class C>
+struct PairTable;
+
+#if defined(TW_ISA_avx512_bf16)
+
+// Twice the sixteen: the instruction looks at five bits, and the fifth belongs to a neighbour.
+template <>
+struct PairTable<bf16> {
+  vi values;
+  explicit PairTable(const float* t) {
+    const __m256i half = narrow_bf16(load(t));
+    values = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+  }
+  __m512bh at(vi words) const { return bits_as<__m512bh>(_mm512_permutexvar_epi16(words, values)); }
+};
+
+#endif
+
 // Products of bytes: four neighbours of an unsigned and a signed operand are multiplied and added to 32 bits.
 template <class C>
 struct ByteUnit;

@@ -1,5 +1,6 @@
 // Forward where each expert has a few rows: an expert's weights are read once and meet all its rows in
 // registers; experts without rows are not touched. Lines of codes are decoded in registers.
+#include "common/line_product.h"
 #include "moe/experts.h"
 
 namespace tw {
@@ -88,56 +89,77 @@ inline void by_columns(const FewRows<C>& few, const Rows& weight, int64_t n0, in
   }
 }
 
-// The same of a packed weight: the sixteen outputs of row block `block`, written from column n0 on.
-template <Codes KIND, class C, int ROWS>
-inline void by_lines(const FewRows<C>& few, const PackedWeight& w, int64_t block, int64_t n0, int64_t n1) {
-  const Table table(w.table);
-  vf sums[kRowVectors][ROWS];
-  for (auto& of_vector : sums)
-    for (vf& sum : of_vector) sum = zero();
-  const auto add_line = [&](int i, const uint8_t* line, const RowValues& scale, const RowValues& offset) {
+// The same of a packed weight: the outputs of BLOCKS row blocks from `block` on, written from column n0 on.
+template <Codes KIND, class X, int ROWS, int BLOCKS>
+inline void by_lines(const FewRows<X>& few, const PackedWeight& w, int64_t block, int64_t n0) {
+  constexpr int kInputs = line_inputs(KIND);
+  const LineProduct<X, KIND> product(w.table);
+  vf sums[BLOCKS][kRowVectors][ROWS];
+  for (auto& of_block : sums)
+    for (auto& of_vector : of_block)
+      for (vf& sum : of_vector) sum = zero();
+  const uint8_t* line = w.codes + block * w.lines * kLineBytes;
+  int64_t input = 0;
+  for (int64_t group = 0; group < w.groups; ++group) {
+    const int64_t begin = input, end = w.groups == 1 ? few.depth : least(input + w.group_size, few.depth);
+    vf part[BLOCKS][kRowVectors][ROWS];
+    for (auto& of_block : part)
+      for (auto& of_vector : of_block)
+        for (vf& sum : of_vector) sum = zero();
+    for (; input < end; input += kInputs, line += kLineBytes)
 #pragma GCC unroll 4
-    for (int v = 0; v < kRowVectors; ++v) {
-      const vi words = load_words(line + v * W * 4);
-      vf part[ROWS], total[ROWS];
-      for (int r = 0; r < ROWS; ++r) part[r] = total[r] = zero();
-      each_input<KIND>([&](auto at) {
-        constexpr int K = decltype(at)::value;
-        const vf value = line_value<KIND, K>(table, words);
+      for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          const vf x = set1(to_float(few.x[r * few.ld + i + K]));
-          part[r] = fma(value, x, part[r]);
-          if (w.offsets) total[r] = add(total[r], x);
-        }
-      });
-      for (int r = 0; r < ROWS; ++r) {
-        sums[v][r] = fma(part[r], scale.v[v], sums[v][r]);
-        if (w.offsets) sums[v][r] = fma(total[r], offset.v[v], sums[v][r]);
-      }
+        for (int v = 0; v < kRowVectors; ++v)
+          product.add(part[b][v], load_words(line + b * w.lines * kLineBytes + v * W * 4), few.x + input,
+                      few.ld);
+    float total[ROWS] = {};
+    for (int r = 0; w.offsets && r < ROWS; ++r)
+      for (int64_t i = begin; i < end; i += W)
+        total[r] += sum(load_n(few.x + r * few.ld + i, static_cast<int>(least(W, end - i))));
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) {
+      const RowValues scale = scales_of(w, block + b, group);
+#pragma GCC unroll 4
+      for (int v = 0; v < kRowVectors; ++v)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sums[b][v][r] = fma(part[b][v][r], scale.v[v], sums[b][v][r]);
+      if (!w.offsets) continue;
+      const RowValues offset = offsets_of(w, block + b, group);
+      for (int v = 0; v < kRowVectors; ++v)
+        for (int r = 0; r < ROWS; ++r) sums[b][v][r] = fma(offset.v[v], set1(total[r]), sums[b][v][r]);
     }
-  };
-  each_line<KIND>(w, block, 0, static_cast<int>(few.depth), add_line);
-  for (int v = 0; v < kRowVectors; ++v)
-    for (int r = 0; r < ROWS; ++r) {
-      const int some = static_cast<int>(most(0, least(W, n1 - n0 - v * W)));
-      if (some > 0) store_n(few.to + r * few.to_ld + n0 + v * W, sums[v][r], some);
-    }
+  }
+  for (int b = 0; b < BLOCKS; ++b)
+    for (int v = 0; v < kRowVectors; ++v)
+      for (int r = 0; r < ROWS; ++r)
+        store(few.to + r * few.to_ld + n0 + b * kLineRows + v * W, sums[b][v][r]);
 }
 
-template <class T, class C, int ROWS>
-inline void product_step(const FewRows<C>& few, const Weight<T, C>& weight, int64_t e, int64_t n0) {
+template <Codes KIND, class X, int ROWS>
+inline void lines_step(const FewRows<X>& few, const PackedWeight& w, int64_t first_row, int64_t n0,
+                       int64_t n1) {
+  // pairs are of 4-bit codes alone, see moe_rows
+  if constexpr (sizeof(X) == 4 || KIND == Codes::table) {
+    constexpr int kBlocks = ROWS > 2 ? 2 : 4, kRows = kBlocks * kLineRows;
+    int64_t n = n0;
+    for (; n + kRows <= n1; n += kRows)
+      by_lines<KIND, X, ROWS, kBlocks>(few, w, (first_row + n) / kLineRows, n);
+    for (; n < n1; n += kLineRows) by_lines<KIND, X, ROWS, 1>(few, w, (first_row + n) / kLineRows, n);
+  }
+}
+
+template <class T, class X, int ROWS>
+inline void product_step(const FewRows<X>& few, const Weight<T, X>& weight, int64_t e, int64_t n0) {
   const int64_t n1 = least(n0 + kStep, weight.n_out);
   if (!weight.w.rows.data)
     by_kind(weight.w.packed.kind, [&](auto kind) {
-      for (int64_t n = n0; n < n1; n += kLineRows)
-        by_lines<decltype(kind)::value, C, ROWS>(few, weight.w.packed, (e * weight.n_out + n) / kLineRows, n,
-                                                 n1);
+      lines_step<decltype(kind)::value, X, ROWS>(few, weight.w.packed, e * weight.n_out, n0, n1);
     });
   else if (weight.transposed)
-    by_columns<T, C, ROWS>(few, weight.of(e), n0, n1);
+    by_columns<T, X, ROWS>(few, weight.of(e), n0, n1);
   else
-    by_rows<T, C, ROWS>(few, weight.of(e), n0, n1);
+    by_rows<T, X, ROWS>(few, weight.of(e), n0, n1);
 }
 
 // Rows between the two products, all of them; each expert's are followed by kFewRows more that may be read.
@@ -187,9 +209,9 @@ inline void gate_row(const MoeCall& call, const float* sums, int64_t e, int64_t 
   fill_zero(a.at(row) + a.depth, a.ld - a.depth);
 }
 
-template <class T>
+// C: what rows are kept as
+template <class T, class C>
 bool few_rows(const MoeCall& call) {
-  using C = typename ComputeType<T>::type;
   const int64_t rows = call.starts[call.experts];
   const Weight<T, C> up{call.up, call.experts, 2 * call.width, call.features, call.transposed};
   const Weight<T, C> down{call.down, call.experts, call.features, call.width, call.transposed};
@@ -255,7 +277,16 @@ bool few_rows(const MoeCall& call) {
 namespace TW_ISA {
 
 bool moe_rows(const MoeCall& call) {
-  return by_dtype(call.dtype, [&](auto x) { return few_rows<decltype(x)>(call); });
+  return by_dtype(call.dtype, [&](auto x) {
+    using T = decltype(x);
+    using C = typename ComputeType<T>::type;
+    // bytes meet floats
+    const auto has_bytes = [](const ExpertWeight& w) {
+      return !w.rows.data && w.packed.kind != Codes::table;
+    };
+    if (has_bytes(call.up) || has_bytes(call.down)) return few_rows<T, float>(call);
+    return few_rows<T, C>(call);
+  });
 }
 
 }  // namespace TW_ISA
