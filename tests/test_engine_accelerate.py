@@ -160,6 +160,13 @@ def output_attentions_configured():
     return model
 
 
+def without_experts(model):
+    """Attention alone: the experts would be replaced."""
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+    return model
+
+
 UNFIT = {
     "no attention": (lambda: nn.Linear(4, 4), "nothing in the model can be replaced"),
     "own attention": (
@@ -187,13 +194,15 @@ UNFIT = {
         "head_dim is 260, need at most 256",
     ),
     "a window in the mask alone": (
-        lambda: Qwen2MoeForCausalLM(
-            Qwen2MoeConfig(**SMALL, **MOE, use_sliding_window=True, max_window_layers=1)
+        lambda: without_experts(
+            Qwen2MoeForCausalLM(
+                Qwen2MoeConfig(**SMALL, **MOE, use_sliding_window=True, max_window_layers=1)
+            )
         ),
         "its mask has a sliding window that it does not hand over",
     ),
     "a window in the arguments alone": (
-        lambda: OlmoeForCausalLM(OlmoeConfig(**SMALL, **MOE)),
+        lambda: without_experts(OlmoeForCausalLM(OlmoeConfig(**SMALL, **MOE))),
         "it hands over a sliding window that its mask does not have",
     ),
 }

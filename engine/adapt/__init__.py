@@ -62,9 +62,10 @@ def accelerate(
     Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the
     state dict and saved files stay as they are; `restore` undoes all of it. A call that our
     operator cannot take (output_attentions=True, a 4-D mask) runs transformers' own attention and
-    warns once; PEFT's LoRA layers run PEFT's own path while their adapter is disabled, merged, one
-    of several, or otherwise not what `lora_linear` computes. Accelerating again starts from the
-    stock model; an error leaves the model stock.
+    warns once. Experts of a mixture are replaced where `moe_mlp` knows their activation; the router
+    stays the model's. PEFT's LoRA layers run PEFT's own path while their adapter is disabled,
+    merged, one of several, or otherwise not what `lora_linear` computes. Accelerating again starts
+    from the stock model; an error leaves the model stock.
     ValueError: an argument outside the above, or nothing in the model can be replaced.
 
     Source: Chen et al., LongLoRA, arXiv 2309.12307; Chen et al., position interpolation,

@@ -1,10 +1,11 @@
 """All entries of the table, in the order in which they are applied."""
 
-from tilewright.adapt import attention, gates, lora, norms, rotary
+from tilewright.adapt import attention, experts, gates, lora, norms, rotary
 from tilewright.adapt.table import Replacement
 
 TABLE: tuple[Replacement, ...] = (
     attention.REPLACEMENT,
+    experts.REPLACEMENT,
     lora.REPLACEMENT,
     rotary.REPLACEMENT,
     norms.RMS,
