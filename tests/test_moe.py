@@ -1,5 +1,7 @@
 """moe_mlp: forward and gradients of every implementation against float64, and what it promises."""
 
+import mmap
+
 import pytest
 import torch
 from attention_inputs import bitwise
@@ -222,3 +224,25 @@ def test_what_is_kept_for_the_backward(kernel_once):
     new = [t for t in kept if t.data_ptr() not in own]
     # z in bf16, the order of rows in int32, E + 1 starts
     assert sum(t.nbytes for t in new) == 100 * 32 * 2 + 100 * 4 + 5 * 8
+
+
+@pytest.mark.parametrize("tokens", [2, 12], ids=["few", "many"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+def test_strides_past_two_to_the_31(tokens, transposed, kernel_once):
+    """Weights of experts 2**31 elements apart: addresses alone, hardly any memory is touched."""
+    case = Case(tokens, 2, 2, 24, 16, transposed=transposed)
+    inputs = make_inputs(case, torch.bfloat16)
+    need = run(kernel_once, case, inputs, GRADIENTS[:4])
+    far = dict(inputs)
+    for name in ("gate_up", "down"):
+        near = inputs[name]
+        step = 2**31 + 64
+        memory = mmap.mmap(-1, 2 * (step + near[0].numel()))  # a page exists once it is touched
+        memory = torch.frombuffer(memory, dtype=torch.bfloat16)
+        far[name] = memory.as_strided(near.shape, (step, near.shape[2], 1))
+        far[name].copy_(near)
+    call = {n: t for n, t in far.items() if n not in ("dy", "x")}
+    x = far["x"].clone().requires_grad_()
+    y = ours(case, kernel_once.name)(x=x, **call)
+    (dx,) = torch.autograd.grad(y, x, far["dy"])
+    assert bitwise(y.detach(), need["y"]) and bitwise(dx, need["x"])

@@ -16,6 +16,7 @@ struct Backward {
   const MoeCall& f = call.forward;
   const Weight<T, C> up{f.up, f.experts, 2 * f.width, f.features, f.transposed};
   const Weight<T, C> down{f.down, f.experts, f.features, f.width, f.transposed};
+  const bool keeps_dz = call.dup || call.dup_bias;
   const bool wants_row_dx = call.dx.data || (call.dgates && f.scale_input);
   const int64_t rows = f.starts[f.experts];
   const int64_t a_panels = (f.width + kPanelLanes - 1) / kPanelLanes;
@@ -24,22 +25,28 @@ struct Backward {
   T* dx_rows;   // (rows, H)
   float* dots;  // (panel, row): parts of the gates' gradients
 
-  // dz and g a of lanes [i0, i0 + lanes) of a group, whose first row is row `first` of dy.
+  // Where dz has the row that is `of_pass` in its pass: all rows are kept for the gradient of `up` alone.
+  int64_t place(int64_t row, int64_t of_pass) const { return keeps_dz ? row : of_pass; }
+
+  // dz and g a of lanes [i0, i0 + lanes) of a group, whose first row is row `first` of its pass.
   void gated_panel(const Group& g, int64_t first, int64_t i0, const ProductScratch<C>& scratch) const {
     const int64_t lanes = least(kPanelLanes, f.width - i0);
     const int strips = strips_of<C>(lanes);
     const auto build = [&](const PanelRoom<C>& room, int64_t k0, int k) {
       down.inputs(room, g.expert, i0, strips, k0, k);
     };
-    group_product(
-        dy, first, g.end - g.begin, strips, scratch, build, [&](const float* sums, int64_t r, int n) {
-          by_gate(f.gate,
-                  [&](auto gate) { finish_gated<decltype(gate)::value>(sums, g.begin + r, n, i0, lanes); });
-        });
+    group_product(dy, first, g.end - g.begin, strips, scratch, build,
+                  [&](const float* sums, int64_t r, int n) {
+                    by_gate(f.gate, [&](auto gate) {
+                      finish_gated<decltype(gate)::value>(sums, g.begin + r, first + r, n, i0, lanes);
+                    });
+                  });
   }
 
   template <Gate GATE>
-  void finish_gated(const float* sums, int64_t row, int n_rows, int64_t i0, int64_t lanes) const {
+  void finish_gated(const float* sums, int64_t row, int64_t of_pass, int n_rows, int64_t i0,
+                    int64_t lanes) const {
+    const int64_t at = place(row, of_pass);
     for (int r = 0; r < n_rows; ++r) {
       const T* z = static_cast<const T*>(f.z) + (row + r) * 2 * f.width;
       const vf by = set1(f.scale_input ? 1.0f : gate_of(f, row + r));
@@ -50,25 +57,25 @@ struct Backward {
         const Gated v = gated<GATE>(pair.gate, pair.up, f.alpha, f.limit);
         const vf da = load_n(sums + r * kSumsRow + n, some), scaled = mul(da, by);
         dot = fma(da, v.a, dot);
-        store_pair(dz.at(row + r), i0 + n, f.width, some, f.interleaved, mul(scaled, v.by_gate),
+        store_pair(dz.at(at + r), i0 + n, f.width, some, f.interleaved, mul(scaled, v.by_gate),
                    mul(scaled, v.by_up));
         if (a.data) store_n(a.at(row + r) + i0 + n, mul(v.a, by), some);
       }
-      if (i0 + lanes == f.width) dz.pad(row + r);
+      if (i0 + lanes == f.width) dz.pad(at + r);
       if (call.dgates && !f.scale_input) dots[i0 / kPanelLanes * rows + row + r] = sum(dot);
     }
   }
 
-  void x_panel(const Group& g, int64_t n0, const ProductScratch<C>& scratch) const {
+  void x_panel(const Group& g, int64_t first, int64_t n0, const ProductScratch<C>& scratch) const {
     const int64_t lanes = least(kPanelLanes, f.features - n0);
     const int strips = strips_of<C>(lanes);
     const auto build = [&](const PanelRoom<C>& room, int64_t k0, int k) {
       up.inputs(room, g.expert, n0, strips, k0, k);
     };
-    group_product(dz, g.begin, g.end - g.begin, strips, scratch, build,
-                  [&](const float* sums, int64_t first, int n_rows) {
+    group_product(dz, place(g.begin, first), g.end - g.begin, strips, scratch, build,
+                  [&](const float* sums, int64_t begin, int n_rows) {
                     for (int r = 0; r < n_rows; ++r)
-                      finish_x(sums + r * kSumsRow, g.begin + first + r, n0, lanes);
+                      finish_x(sums + r * kSumsRow, g.begin + begin + r, n0, lanes);
                   });
   }
 
@@ -137,7 +144,7 @@ bool backward(const MoeBackwardCall& call) {
     groups = arena.take<Group>(n_groups);
     row_of = arena.take<int32_t>(f.tokens * f.slots);
     b.dy.data = arena.take<C>(b.dy.elements(least(b.rows, rows_at_once)));
-    b.dz.data = arena.take<C>(b.dz.elements(b.rows));
+    b.dz.data = arena.take<C>(b.dz.elements(b.keeps_dz ? b.rows : least(b.rows, rows_at_once)));
     b.a.data = arena.take<C>(call.ddown ? b.a.elements(b.rows) : 0);
     b.dx_rows = arena.take<T>(b.wants_row_dx ? b.rows * f.features : 0);
     b.dots = arena.take<float>(most(b.a_panels, b.x_panels) * b.rows);
@@ -179,8 +186,10 @@ bool backward(const MoeBackwardCall& call) {
         b.gated_panel(g, g.begin - begin, item % b.a_panels * kPanelLanes, scratch);
       }
       team.barrier();
-      for (int64_t item; b.wants_row_dx && (item = take_next(&x_taken)) < (to - from) * b.x_panels;)
-        b.x_panel(groups[from + item / b.x_panels], item % b.x_panels * kPanelLanes, scratch);
+      for (int64_t item; b.wants_row_dx && (item = take_next(&x_taken)) < (to - from) * b.x_panels;) {
+        const Group& g = groups[from + item / b.x_panels];
+        b.x_panel(g, g.begin - begin, item % b.x_panels * kPanelLanes, scratch);
+      }
       team.barrier();
       if (team.id == 0) blocks_taken = gated_taken = x_taken = 0;
       team.barrier();

@@ -13,7 +13,7 @@ struct Forward {
   LeftRows<C> x{call.features}, a{call.width};
   T* out;  // (rows, H)
 
-  // Gates and ups [i0, i0 + lanes) of a group, whose first row is row `first` of x.
+  // Gates and ups [i0, i0 + lanes) of a group, whose first row is row `first` of x and a.
   void gated_panel(const Group& g, int64_t first, int64_t i0, const ProductScratch<C>& scratch) const {
     const int64_t lanes = least(kHalf, call.width - i0);
     const int half = strips_of<C>(lanes);
@@ -24,16 +24,17 @@ struct Forward {
       const PanelRoom<C> second{room.strip(kHalf / kStrip<C>), room.strip_elements, room.staged};
       up.outputs(second, g.expert, call.width + i0, half, k0, k);
     };
-    group_product(x, first, g.end - g.begin, strips, scratch, build,
-                  [&](const float* sums, int64_t r, int rows) {
-                    by_gate(call.gate, [&](auto gate) {
-                      finish_gated<decltype(gate)::value>(sums, g.expert, g.begin + r, rows, i0, lanes);
-                    });
-                  });
+    group_product(
+        x, first, g.end - g.begin, strips, scratch, build, [&](const float* sums, int64_t r, int rows) {
+          by_gate(call.gate, [&](auto gate) {
+            finish_gated<decltype(gate)::value>(sums, g.expert, g.begin + r, first + r, rows, i0, lanes);
+          });
+        });
   }
 
   template <Gate GATE>
-  void finish_gated(const float* sums, int64_t e, int64_t row, int rows, int64_t i0, int64_t lanes) const {
+  void finish_gated(const float* sums, int64_t e, int64_t row, int64_t of_pass, int rows, int64_t i0,
+                    int64_t lanes) const {
     const float* bias = call.up_bias ? call.up_bias + e * 2 * call.width : nullptr;
     for (int r = 0; r < rows; ++r) {
       T* z = call.z ? static_cast<T*>(call.z) + (row + r) * 2 * call.width : nullptr;
@@ -45,23 +46,23 @@ struct Forward {
           pair = {add(pair.gate, b.gate), add(pair.up, b.up)};
         }
         if (z) store_pair(z, i0 + n, call.width, some, call.interleaved, pair.gate, pair.up);
-        store_n(a.at(row + r) + i0 + n, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);
+        store_n(a.at(of_pass + r) + i0 + n, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);
       }
-      if (i0 + lanes == call.width) a.pad(row + r);
+      if (i0 + lanes == call.width) a.pad(of_pass + r);
     }
   }
 
-  void down_panel(const Group& g, int64_t n0, const ProductScratch<C>& scratch) const {
+  void down_panel(const Group& g, int64_t first, int64_t n0, const ProductScratch<C>& scratch) const {
     const int64_t lanes = least(kPanelLanes, call.features - n0);
     const int strips = strips_of<C>(lanes);
     const auto build = [&](const PanelRoom<C>& room, int64_t k0, int k) {
       down.outputs(room, g.expert, n0, strips, k0, k);
     };
     const float* bias = call.down_bias ? call.down_bias + g.expert * call.features + n0 : nullptr;
-    group_product(a, g.begin, g.end - g.begin, strips, scratch, build,
-                  [&](const float* sums, int64_t first, int rows) {
+    group_product(a, first, g.end - g.begin, strips, scratch, build,
+                  [&](const float* sums, int64_t begin, int rows) {
                     for (int r = 0; r < rows; ++r) {
-                      const int64_t row = g.begin + first + r;
+                      const int64_t row = g.begin + begin + r;
                       const vf by = set1(call.scale_input ? 1.0f : gate_of(call, row));
                       for (int64_t n = 0; n < lanes; n += W) {
                         const int some = static_cast<int>(least(W, lanes - n));
@@ -90,7 +91,7 @@ bool forward(const MoeCall& call) {
     groups = arena.take<Group>(n_groups);
     row_of = arena.take<int32_t>(call.tokens * call.slots);
     f.x.data = arena.take<C>(f.x.elements(least(rows, rows_at_once)));
-    f.a.data = arena.take<C>(f.a.elements(rows));
+    f.a.data = arena.take<C>(f.a.elements(least(rows, rows_at_once)));
     f.out = arena.take<T>(rows * call.features);
     return arena.at - base;
   };
@@ -119,8 +120,10 @@ bool forward(const MoeCall& call) {
         f.gated_panel(g, g.begin - begin, item % up_panels * kHalf, scratch);
       }
       team.barrier();
-      for (int64_t item; (item = take_next(&downs_taken)) < (to - from) * down_panels;)
-        f.down_panel(groups[from + item / down_panels], item % down_panels * kPanelLanes, scratch);
+      for (int64_t item; (item = take_next(&downs_taken)) < (to - from) * down_panels;) {
+        const Group& g = groups[from + item / down_panels];
+        f.down_panel(g, g.begin - begin, item % down_panels * kPanelLanes, scratch);
+      }
       team.barrier();
       if (team.id == 0) blocks_taken = ups_taken = downs_taken = 0;
       team.barrier();

@@ -6,8 +6,8 @@
 namespace tw {
 namespace {
 
-constexpr int kOuter = 256;    // rows that one product sums up
-constexpr int kGathered = 32;  // of them that are copied at once
+constexpr int kOuter = 512;    // rows that one product sums up
+constexpr int kGathered = 32;  // of them that are packed at once
 
 // Rows as a side of an outer product: packed ones, or a tensor's rows gathered and scaled.
 template <class T, class C>
@@ -17,41 +17,59 @@ struct Source {
   Rows tokens;
   bool scales;
 
-  void copy(C* to, int64_t row, int64_t column, int n) const {
-    if (packed)
-      memcpy(static_cast<void*>(to), packed->at(row) + column, sizeof(C) * static_cast<size_t>(n));
-    else
-      gather_row<T>(to, tokens, token_of(call, row), column, n, n, scales ? gate_of(call, row) : 1.0f);
+  // Columns [n0, n0 + n) of `rows` rows from `row` on: where they lie, or copied.
+  Rows piece(int64_t row, int rows, int64_t n0, int n, C* copied) const {
+    if (packed) return {packed->at(row) + n0, packed->row};
+    for (int i = 0; i < rows; ++i)
+      gather_row<T>(copied + i * int64_t{kPanelLanes}, tokens, token_of(call, row + i), n0, n, n,
+                    scales ? gate_of(call, row + i) : 1.0f);
+    return {copied, kPanelLanes};
   }
 };
 
 template <class C>
 struct OuterScratch {
-  C *copied, *left_lanes, *left, *right;
+  C *copied, *lanes, *left, *right;
   float* sums;
 
-  static constexpr int64_t kLeftRowOuter = kOuter + 32;
+  static constexpr int64_t kLeft = kOuter + 32;  // elements: rows of `left` start in different cache sets
 
   int64_t lay_out(char* base) {
     Arena arena{base};
     copied = arena.take<C>(kGathered * int64_t{kPanelLanes});
-    left_lanes = arena.take<C>(kPanelLanes * int64_t{kOuter});
-    left = arena.take<C>(kPanelLanes * kLeftRowOuter);
+    lanes = arena.take<C>(kGathered * int64_t{kPanelLanes});
+    left = arena.take<C>(kPanelLanes * kLeft);
     right = arena.take<C>(kPanelLanes * int64_t{kOuter});
     sums = arena.take<float>(kPanelLanes * kSumsRow);
     return arena.at - base;
   }
 };
 
-// Columns [n0, n0 + lanes) of `rows` rows as lanes of a product: strips of kOuter depth.
+// Columns [n0, n0 + n) of `rows` rows as lanes of a product: strips of kOuter depth.
 template <class T, class C>
-inline void pack_columns(C* to, const Source<T, C>& from, int64_t row, int rows, int64_t n0, int lanes,
-                         C* copied) {
+inline void pack_right(const OuterScratch<C>& s, const Source<T, C>& from, int64_t row, int rows, int64_t n0,
+                       int n) {
   for (int r = 0; r < rows; r += kGathered) {
     const int some = static_cast<int>(least(kGathered, rows - r));
-    for (int i = 0; i < some; ++i) from.copy(copied + i * int64_t{kPanelLanes}, row + r + i, n0, lanes);
-    LanesAreColumns<C, C>{{copied, kPanelLanes}, lanes, some}.build(
-        {to + r * kStrip<C>, kStrip<C> * int64_t{kOuter}, nullptr}, 0, strips_of<C>(lanes), 0, some);
+    LanesAreColumns<C, C>{from.piece(row + r, some, n0, n, s.copied), n, some}.build(
+        {s.right + r * kStrip<C>, kStrip<C> * int64_t{kOuter}, nullptr}, 0, strips_of<C>(n), 0, some);
+  }
+}
+
+// The same turned around, as rows of a product: left[column][row].
+template <class T, class C>
+inline void pack_left(const OuterScratch<C>& s, const Source<T, C>& from, int64_t row, int rows, int64_t m0,
+                      int m) {
+  constexpr int kWords = kGathered / Unit<C>::kDepth;
+  for (int r = 0; r < rows; r += kGathered) {
+    const int some = static_cast<int>(least(kGathered, rows - r));
+    LanesAreColumns<C, C>{from.piece(row + r, some, m0, m, s.copied), m, some}.build(
+        {s.lanes, kStrip<C> * int64_t{kGathered}, nullptr}, 0, strips_of<C>(m), 0, some);
+    for (int i = 0; i < m; i += kStrip<C>)
+      transpose_words(reinterpret_cast<float*>(s.left + i * OuterScratch<C>::kLeft + r),
+                      OuterScratch<C>::kLeft / Unit<C>::kDepth,
+                      reinterpret_cast<const float*>(s.lanes + i * int64_t{kGathered}), kStrip<C>, kWords,
+                      kStrip<C>);
   }
 }
 
@@ -60,31 +78,37 @@ template <class T, class C>
 inline void outer_product(T* to, int64_t ld, const Source<T, C>& left, const Source<T, C>& right,
                           int64_t begin, int64_t end, int64_t m0, int m, int64_t n0, int n,
                           const OuterScratch<C>& s) {
-  constexpr int kDepth = Unit<C>::kDepth;
-  constexpr int64_t kLeft = OuterScratch<C>::kLeftRowOuter;
-  const int strips = strips_of<C>(n), m_padded = static_cast<int>(round_up(m, Unit<C>::kRowStep));
+  constexpr int64_t kLeft = OuterScratch<C>::kLeft;
+  const int strips = strips_of<C>(n);
   for (int64_t r = begin; r < end; r += kOuter) {
     const int rows = static_cast<int>(least(kOuter, end - r)), units = depth_of<C>(rows);
-    pack_columns(s.right, right, r, rows, n0, n, s.copied);
-    pack_columns(s.left_lanes, left, r, rows, m0, m, s.copied);
-    for (int i = 0; i < m; i += kStrip<C>)
-      transpose_words(reinterpret_cast<float*>(s.left + i * kLeft), kLeft / kDepth,
-                      reinterpret_cast<const float*>(s.left_lanes + i * int64_t{kOuter}), kStrip<C>,
-                      static_cast<int>(round_up(units, W)), kStrip<C>);
-    for (int strip = 0; strip < strips; ++strip) {
-      const C* b = s.right + strip * kStrip<C> * int64_t{kOuter};
-      float* c = s.sums + strip * kStrip<C>;
-      if (r == begin)
-        gemm<C, Start::zero>(m_padded, kStrip<C>, units, s.left, kLeft, b, kStrip<C>, c, kSumsRow);
-      else
-        gemm<C, Start::add_to>(m_padded, kStrip<C>, units, s.left, kLeft, b, kStrip<C>, c, kSumsRow);
+    pack_right(s, right, r, rows, n0, n);
+    pack_left(s, left, r, rows, m0, m);
+    for (int i = 0; i < m; i += kBlock) {
+      const int some = static_cast<int>(least(kBlock, m - i));
+      const int padded = static_cast<int>(round_up(some, Unit<C>::kRowStep));
+      // where there is nothing to add to, all blocks share the first one's place, in the nearest cache
+      float* const sums = s.sums + (end - begin > kOuter ? i * kSumsRow : 0);
+      for (int strip = 0; strip < strips; ++strip) {
+        const C *a = s.left + i * kLeft, *b = s.right + strip * kStrip<C> * int64_t{kOuter};
+        float* c = sums + strip * kStrip<C>;
+        if (r == begin)
+          gemm<C, Start::zero>(padded, kStrip<C>, units, a, kLeft, b, kStrip<C>, c, kSumsRow);
+        else
+          gemm<C, Start::add_to>(padded, kStrip<C>, units, a, kLeft, b, kStrip<C>, c, kSumsRow);
+      }
+      if (r + kOuter < end) continue;
+      for (int k = 0; k < some; ++k)
+        for (int j = 0; j < n; j += W) {
+          T* at = to + (i + k) * ld + j;
+          if (n - j >= W)
+            store(at, load(sums + k * kSumsRow + j));
+          else
+            store_n(at, load(sums + k * kSumsRow + j), n - j);
+        }
     }
   }
-  for (int i = 0; i < m; ++i)
-    for (int j = 0; j < n; j += W) {
-      const int some = static_cast<int>(least(W, n - j));
-      store_n(to + i * ld + j, begin < end ? load(s.sums + i * kSumsRow + j) : zero(), some);
-    }
+  for (int i = 0; begin == end && i < m; ++i) fill_zero(to + i * ld, n);
 }
 
 // to[e][j] = sum over the rows of expert e of from[row][j]
@@ -98,10 +122,10 @@ inline void column_sums(float* to, const Source<T, C>& from, int64_t width, int6
     float* sums = to + e * width + j0;
     for (int j = 0; j < n; ++j) sums[j] = 0.0f;
     for (int64_t r = call.starts[e]; r < call.starts[e + 1]; ++r) {
-      from.copy(copied, r, j0, n);
+      const C* row = static_cast<const C*>(from.piece(r, 1, j0, n, copied).data);
       for (int j = 0; j < n; j += W) {
         const int some = static_cast<int>(least(W, n - j));
-        store_n(sums + j, add(load_n(sums + j, some), load_n(copied + j, some)), some);
+        store_n(sums + j, add(load_n(sums + j, some), load_n(row + j, some)), some);
       }
     }
   }
