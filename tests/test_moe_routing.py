@@ -368,3 +368,54 @@ def test_the_other_functions_refuse():
     ):
         with pytest.raises(ValueError, match=message):
             function()
+
+
+# --- soft ---
+
+
+def soft_by_hand(x, logits, w1, w2, mask=None):
+    """Slot by slot, in float64."""
+    x, logits, w1, w2 = (t.double() for t in (x, logits, w1, w2))
+    y = torch.zeros_like(x)
+    n_experts, mixtures = logits.shape[-2:]
+    for b in range(x.shape[0]):
+        kept = torch.arange(x.shape[1]) if mask is None else mask[b].nonzero()[:, 0]
+        tokens, own = x[b, kept], logits[b, kept]
+        for e in range(n_experts):
+            for p in range(mixtures):
+                slot = own[:, e, p].softmax(0) @ tokens
+                gate, up = (w1[e] @ slot).chunk(2)
+                out = w2[e] @ (torch.nn.functional.silu(gate) * up)
+                share = own.exp()[:, e, p] / own.exp().sum((1, 2))
+                y[b] = y[b].index_add(0, kept, share[:, None] * out)
+    return y
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_soft_moe_by_hand(masked):
+    x, logits = torch.randn(2, 9, 16), torch.randn(2, 9, 3, 2)
+    w1, w2 = torch.randn(3, 12, 16) / 4, torch.randn(3, 16, 6) / 2
+    mask = torch.arange(9).expand(2, 9) < torch.tensor([[9], [5]]) if masked else None
+    leaves = [t.requires_grad_() for t in (x, logits, w1, w2)]
+    y, need = ops.soft_moe(*leaves, mask=mask), soft_by_hand(*leaves, mask)
+    torch.testing.assert_close(y.double(), need, rtol=1e-4, atol=1e-5)
+    assert need.std() > 0.05
+    dy = torch.randn(2, 9, 16)
+    pairs = zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(need, leaves, dy.double()),
+        strict=True,
+    )  # fmt: skip
+    for got, of in pairs:
+        torch.testing.assert_close(got, of, rtol=1e-3, atol=1e-5)
+    if masked:
+        assert not y[1, 5:].any()
+        nothing = ops.soft_moe(*leaves, mask=torch.zeros(2, 9, dtype=torch.bool))
+        assert not nothing.any()
+
+
+def test_soft_moe_refuses():
+    x, w1, w2 = torch.randn(9, 16), torch.randn(3, 12, 16), torch.randn(3, 16, 6)
+    with pytest.raises(ValueError, match=r"soft_moe: logits has shape \(8, 3, 2\), need \(9,\)"):
+        ops.soft_moe(x, torch.randn(8, 3, 2), w1, w2)
+    with pytest.raises(ValueError, match=r"soft_moe: mask is torch.float32 of shape \(9,\), need"):
+        ops.soft_moe(x, torch.randn(9, 3, 2), w1, w2, mask=torch.ones(9))

@@ -19,6 +19,7 @@ from tilewright.ops.moe import (
     route_tokens,
     router_logits,
     router_z_loss,
+    soft_moe,
     tokens_per_expert,
     update_router_bias,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "save_deltas",
     "save_packed",
     "share_to_regrow",
+    "soft_moe",
     "swiglu",
     "to_bitsandbytes",
     "tokens_per_expert",

@@ -10,6 +10,7 @@ from tilewright.ops.moe.routing import (
     tokens_per_expert,
     update_router_bias,
 )
+from tilewright.ops.moe.soft import soft_moe
 
 __all__ = [
     "Route",
@@ -21,6 +22,7 @@ __all__ = [
     "route_tokens",
     "router_logits",
     "router_z_loss",
+    "soft_moe",
     "tokens_per_expert",
     "update_router_bias",
 ]
