@@ -198,3 +198,12 @@ def test_lora_on_experts_by_peft():
     (loss, grads), (got, found) = results
     assert abs(loss - got) < 2e-6 and grads.keys() == found.keys() and grads
     assert all(rms(found[n] - g) <= 1e-4 * rms(g) + 1e-8 for n, g in grads.items())
+
+
+def test_a_compiled_model_gives_the_same_logits():
+    model = build("qwen3_moe")
+    tilewright.accelerate(model)
+    with torch.no_grad():
+        need = model(input_ids=words()).logits
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=words()).logits, need)
