@@ -9,7 +9,8 @@ import torch
 
 from tilewright import choose
 from tilewright.direct import may_go_direct
-from tilewright.ops.common.packed import FORMATS, ROWS, PackedWeight, inputs_of_a_line
+from tilewright.ops.common.packed import PackedWeight
+from tilewright.ops.common.packed_check import expect_whole
 from tilewright.ops.common.sparse_delta import WeightDelta
 from tilewright.ops.linear import op, prepared
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
@@ -312,7 +313,7 @@ def _describe(
         dropout_seed=dropout_seed if dropout_p else None,
     )
     if packed is not None:
-        _expect_whole(name, packed, x)
+        expect_whole(name, "weight", packed, x)
         operands = _with_packed(operands, packed)
     if delta is not None:
         operands = _with_delta(name, operands, delta, x, n_out, n_in)
@@ -357,50 +358,6 @@ def _check_low_rank(name, n_out, n_in, down, up, scale, activation, dropout_p) -
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{name}: R is {rank}, need 1 <= R <= {MAX_RANK}")
     return rank
-
-
-def _expect_whole(name: str, w: PackedWeight, x: torch.Tensor) -> None:
-    """Refuse a packed weight whose tensors are not of the extents it states: kernels trust them.
-
-    A weight is looked through once, and remembers it; its fields cannot be set again.
-    """
-    if "_is_whole" in w.__dict__:
-        return
-    if w.format not in FORMATS:
-        raise ValueError(f"{name}: no format {w.format!r}. Known: {', '.join(FORMATS)}")
-    if w.group_size < 1:
-        raise ValueError(f"{name}: weight's group_size is {w.group_size}, need at least 1")
-    for argument, t in w.tensors().items():
-        if t.device != x.device:
-            expect_device(name, x=x, **{f"weight's {argument}": t})
-    blocks, lines = -(-w.out_features // ROWS), -(-w.in_features // inputs_of_a_line(w.format))
-    _expect_like(name, "codes", w.codes, (torch.uint8,), (blocks, lines, 64))
-    scale_types = (torch.float32, torch.float16, torch.bfloat16)
-    rows = blocks, w.groups, ROWS
-    _expect_like(
-        name, "scales", w.scales, scale_types if w.nested is None else (torch.uint8,), rows
-    )
-    if w.offsets is not None:
-        _expect_like(name, "offsets", w.offsets, scale_types, rows)
-    if w.input_order is not None:
-        _expect_like(name, "input_order", w.input_order, (torch.int32,), (w.in_features,))
-    if w.nested is not None:
-        table, absmax, _, block = w.nested
-        if block < 1:
-            raise ValueError(f"{name}: weight's nested block is {block}, need at least 1")
-        count = -(-w.out_features * w.groups // block)
-        _expect_like(name, "nested table", table, scale_types, (256,))
-        _expect_like(name, "nested absmax", absmax, scale_types, (count,))
-    object.__setattr__(w, "_is_whole", True)
-
-
-def _expect_like(name, part, t, dtypes, shape) -> None:
-    if t.dtype not in dtypes or t.shape != shape:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(
-            f"{name}: weight's {part} is {t.dtype} of shape {tuple(t.shape)}, "
-            f"need {names} of shape {tuple(shape)}"
-        )
 
 
 def _with_packed(operands: Operands, packed: PackedWeight) -> Operands:
