@@ -144,23 +144,28 @@ constexpr bool kHasByteDot = true;
 
 template <>
 struct ByteUnit<int8_t> {
+  // Sums have the type of the instruction's own: an array of vi is kept in memory by gcc 12, which stores all
+  // of it in each round of a loop.
+  typedef int32_t Sums __attribute__((vector_size(64)));
+
   static vi none() { return _mm512_setzero_si512(); }
-  static vi all(int32_t x) { return _mm512_set1_epi32(x); }
-  static vi plus(vi a, vi b) { return _mm512_add_epi32(a, b); }
+  static Sums all(int32_t x) { return Sums{} + x; }
   static vi load(const void* p) { return _mm512_loadu_si512(p); }
+  static Sums load_sums(const int32_t* p) { return bits_as<Sums>(load(p)); }
   static void store(void* p, vi x) { _mm512_storeu_si512(p, x); }
+  static void store(int32_t* p, Sums x) { store(p, bits_as<vi>(x)); }
   static vi broadcast(const void* p) {
     int32_t four;
     memcpy(&four, p, sizeof(four));
     return _mm512_set1_epi32(four);
   }
-  static vi mac(vi acc, vi unsigned_four, vi signed_four) {
-    return _mm512_dpbusd_epi32(acc, unsigned_four, signed_four);
+  static Sums mac(Sums acc, vi unsigned_four, vi signed_four) {
+    return bits_as<Sums>(_mm512_dpbusd_epi32(bits_as<vi>(acc), unsigned_four, signed_four));
   }
-  static vf floats(vi x) { return _mm512_cvtepi32_ps(x); }
+  static vf floats(Sums x) { return _mm512_cvtepi32_ps(bits_as<vi>(x)); }
   // -128 times the sum of each word's four bytes, on top of acc
-  static vi less_128_times(vi acc, vi signed_four) {
-    return _mm512_sub_epi32(acc, _mm512_dpbusd_epi32(none(), _mm512_set1_epi8(-128), signed_four));
+  static Sums less_128_times(Sums acc, vi signed_four) {
+    return acc - mac(Sums{}, _mm512_set1_epi8(-128), signed_four);
   }
 
   // the values of the low or high nibbles of all bytes, by a table of 16 signed bytes

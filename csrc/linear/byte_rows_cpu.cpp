@@ -161,6 +161,7 @@ struct ByteTokens {
 template <class B, bool IN_NIBBLES, bool HAS_LOW, int PLANES>
 struct ByteLine {
   static constexpr int kInputs = IN_NIBBLES ? 8 : 4;
+  using Sums = typename B::Sums;
   vi part[2], low[2];  // of 4 inputs each
 
   [[gnu::always_inline]] ByteLine(const ByteTable& table, vi words) {
@@ -178,11 +179,11 @@ struct ByteLine {
     }
   }
 
-  [[gnu::always_inline]] static vi mac(vi acc, vi codes, const uint8_t* x) {
+  [[gnu::always_inline]] static Sums mac(Sums acc, vi codes, const uint8_t* x) {
     return IN_NIBBLES ? B::mac(acc, codes, B::broadcast(x)) : B::mac(acc, B::broadcast(x), codes);
   }
 
-  [[gnu::always_inline]] void add(vi (&acc)[PLANES], const uint8_t* x, int64_t ld) const {
+  [[gnu::always_inline]] void add(Sums (&acc)[PLANES], const uint8_t* x, int64_t ld) const {
 #pragma GCC unroll 2
     for (int half = 0; half < kInputs / 4; ++half) {
       const uint8_t* four = x + half * 4;
@@ -196,6 +197,7 @@ struct ByteLine {
 // y of TOKENS tokens from t0 on, of BLOCKS row blocks from `block` on.
 template <class T, class Line, int TOKENS, int BLOCKS, class Tokens, class B, int PLANES>
 void byte_blocks(const LinearCall& call, const Tokens& few, const float* hidden, int t0, int64_t block) {
+  using Sums = typename B::Sums;
   constexpr bool kInNibbles = Line::kInputs == 8;
   const PackedWeight& w = call.packed;
   const ByteTable table = few.table;
@@ -205,15 +207,15 @@ void byte_blocks(const LinearCall& call, const Tokens& few, const float* hidden,
   const uint8_t* line = w.codes + block * w.lines * kLineBytes;
 
   each_segment(call, [&](int64_t begin, int64_t end, int64_t group, int64_t segment) {
-    vi acc[BLOCKS][TOKENS][PLANES], code_sums[BLOCKS];
+    Sums acc[BLOCKS][TOKENS][PLANES], code_sums[BLOCKS];
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
-      code_sums[b] = B::none();
+      code_sums[b] = Sums{};
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; ++t) {
         const Segment& of = few.segments[(t0 + t) * few.n_segments + segment];
-        acc[b][t][0] = kInNibbles ? B::all(of.high) : B::none();
-        if constexpr (PLANES == 2) acc[b][t][1] = kInNibbles ? B::all(of.low) : B::none();
+        acc[b][t][0] = B::all(kInNibbles ? of.high : 0);
+        if constexpr (PLANES == 2) acc[b][t][1] = B::all(kInNibbles ? of.low : 0);
       }
     }
     for (int64_t i = begin; i < end; i += Line::kInputs, line += kLineBytes)
@@ -231,9 +233,9 @@ void byte_blocks(const LinearCall& call, const Tokens& few, const float* hidden,
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; ++t) {
         const Segment& of = few.segments[(t0 + t) * few.n_segments + segment];
-        vf part = B::floats(kInNibbles ? acc[b][t][0] : B::plus(acc[b][t][0], code_sums[b]));
+        vf part = B::floats(kInNibbles ? acc[b][t][0] : acc[b][t][0] + code_sums[b]);
         if constexpr (PLANES == 2) {
-          const vi rest = kInNibbles ? acc[b][t][1] : B::plus(acc[b][t][1], code_sums[b]);
+          const Sums rest = kInNibbles ? acc[b][t][1] : acc[b][t][1] + code_sums[b];
           part = fma(part, set1(kHighParts), B::floats(rest));
         }
         sums[b][t] = fma(mul(part, set1(of.step)), scale, sums[b][t]);

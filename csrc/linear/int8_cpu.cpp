@@ -64,6 +64,7 @@ struct ByteTokens {
 template <class B>
 struct Int8 {
   using U = ByteUnit<B>;
+  using Sums = typename U::Sums;
   const LinearCall& call;
   const PackedWeight& w = call.packed;
   const bool in_nibbles = w.kind == Codes::table;
@@ -111,13 +112,13 @@ struct Int8 {
       for (int i = from; i < padded; i += kDot) U::store(strip + i * kStrip, U::none());
       store(panel.scales + slot, zero());
       if (w.offsets) store(panel.offsets + slot, zero());
-      U::store(panel.starts + slot, U::none());
+      U::store(panel.starts + slot, Sums{});
       return;
     }
     const int64_t block = (n0 + n) / kLineRows;
     const uint8_t* line = w.codes + (block * w.lines + (k0 + from) / inputs) * kLineBytes;
     const int64_t ahead = n0 + n + kLineRows < call.out_features ? w.lines * kLineBytes : 0;
-    vi start = U::none();
+    Sums start{};
     int i = from;
     for (; i < to; i += inputs, line += kLineBytes) {
       const vi words = load_words(line);
@@ -165,7 +166,37 @@ struct Int8 {
 
   // --- products ---
 
-  // ROWS tokens times a strip, all segments of a chunk, by vector instructions: sums (+)= ...
+  // ROWS tokens times a strip, one segment, by vector instructions: sums (+)= scale (start + a b)
+  template <int ROWS>
+  static void segment_product(int depth, const uint8_t* a, const int8_t* b, const int32_t* starts,
+                              const float* scales, bool first, float* sums) {
+    Sums acc[ROWS][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = U::load_sums(starts + v * W);
+    for (int k = 0; k < depth; k += kDot) {
+      vi lanes[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) lanes[v] = U::load(b + v * W * kDot);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const vi four = U::broadcast(a + r * kLeftRow + k);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = U::mac(acc[r][v], four, lanes[v]);
+      }
+      b += kStrip * kDot;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = sums + r * kSumsRow + v * W;
+        const vf old = first ? zero() : load(at);
+        store(at, fma(U::floats(acc[r][v]), load(scales + v * W), old));
+      }
+  }
+
   template <int ROWS>
   void vector_product(const BytePanel& panel, int s, const uint8_t* a, const float* group_sums, bool first,
                       float* sums) const {
@@ -173,34 +204,8 @@ struct Int8 {
     int from = 0;
     for (int g = 0; g < panel.segments; ++g) {
       const int64_t slot = static_cast<int64_t>(g) * kPanelLanes + s * kStrip;
-      vi acc[ROWS][kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const vi start = U::load(panel.starts + slot + v * W);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; ++r) acc[r][v] = start;
-      }
-      for (int k = from; k < panel.ends[g]; k += kDot) {
-        vi lanes[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) lanes[v] = U::load(b + k * kStrip + v * W * kDot);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; ++r) {
-          const vi four = U::broadcast(a + r * kLeftRow + k);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = U::mac(acc[r][v], four, lanes[v]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const vf scale = load(panel.scales + slot + v * W);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; ++r) {
-          float* at = sums + r * kSumsRow + v * W;
-          const vf old = first && g == 0 ? zero() : load(at);
-          store(at, fma(U::floats(acc[r][v]), scale, old));
-        }
-      }
+      segment_product<ROWS>(panel.ends[g] - from, a + from, b + from * kStrip, panel.starts + slot,
+                            panel.scales + slot, first && g == 0, sums);
       if (w.offsets && panel.closes[g]) add_offsets(panel, slot, group_sums + g, ROWS, sums);
       from = panel.ends[g];
     }
@@ -234,7 +239,7 @@ struct Int8 {
         for (int r = 0; r < kBlock; ++r) {
           float* at = sums + r * kSumsRow + n;
           const vf old = first && g == 0 ? zero() : load(at);
-          store(at, fma(U::floats(U::load(whole + r * 2 * kUnitTile + n)), scale, old));
+          store(at, fma(U::floats(U::load_sums(whole + r * 2 * kUnitTile + n)), scale, old));
         }
       }
       if (w.offsets && panel.closes[g]) add_offsets(panel, slot, group_sums + g, kBlock, sums);
