@@ -15,7 +15,8 @@
 namespace tw {
 namespace {
 
-constexpr int64_t kSegment = 128;  // inputs at most that share a step and are summed up in 32 bits
+constexpr int64_t kSegment = 128;      // inputs at most that share a step and are summed up in 32 bits
+constexpr int64_t kBytesAhead = 2048;  // of prefetching along a row block
 constexpr float kHighParts = 128.0f;
 constexpr float kMostHigh = 127.0f;
 // of a table in 15 bits: a multiple of 192, so that fp4 and e2m1 are exact
@@ -221,6 +222,7 @@ void byte_blocks(const LinearCall& call, const Tokens& few, const float* hidden,
     for (int64_t i = begin; i < end; i += Line::kInputs, line += kLineBytes)
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b) {
+        __builtin_prefetch(line + b * w.lines * kLineBytes + kBytesAhead, 0, 3);
         const vi words = load_words(line + b * w.lines * kLineBytes);
         const Line codes(table, words);
         if constexpr (!kInNibbles) code_sums[b] = B::less_128_times(code_sums[b], words);

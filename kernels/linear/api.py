@@ -76,7 +76,8 @@ def fused_linear(
     """
     has_extras = down is not None or out_scale is not None or delta is not None
     plain = None  # the weight, where there is nothing beside it but a bias
-    has_options = activation != "none" or bool(dropout_p) or scale != 1.0  # to be checked
+    # to be checked; `scale` is nobody's without an update, but has to be a number all the same
+    has_options = activation != "none" or bool(dropout_p) or not abs(scale) < math.inf
     if impl == "auto" and type(weight) is PackedWeight and not has_extras and not has_options:
         plain = weight
         ready = prepared.call(x, plain, bias, int8_activations)
