@@ -12,6 +12,9 @@ import tilewright as tw
 pytestmark = pytest.mark.filterwarnings("error:tilewright")
 
 LOGITS = 2e-5  # largest difference, on logits of size 1 to 10; float32 sums in another order
+# one token that gpt_oss generates from one other lies where half a last bit on the outputs of
+# stock's own norms moves a logit by 1.9e-5
+GENERATED = {"gpt_oss": 3e-5}
 GRADIENTS = 1e-4  # of the largest gradient
 
 
@@ -96,7 +99,8 @@ def test_generates_the_same_tokens(decoder, prompt):
     ):
         assert torch.equal(got.sequences, eager.sequences)
         for ours, theirs in zip(got.logits, eager.logits, strict=True):
-            assert (ours - theirs).abs().max() <= LOGITS
+            allowed = GENERATED.get(decoder.config.model_type, LOGITS)
+            assert (ours - theirs).abs().max() <= allowed
 
 
 def test_chunks_of_a_prompt_and_a_cache(decoder):
