@@ -2,8 +2,10 @@
 #include "linear/linear.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "packed.h"
 
@@ -73,32 +75,57 @@ void expect_memory(bool had) {
   if (!had) throw std::runtime_error("fused_linear: no memory for scratch");
 }
 
-void forward(const std::string& dtype, const py::tuple& extents, const py::tuple& x, const py::tuple& y,
-             const py::tuple& weight, const py::object& packed, int64_t bias, int64_t out_scale,
-             const py::tuple& down, const py::tuple& up, const py::tuple& hidden, const py::tuple& rule,
-             int threads) {
-  const tw::LinearCall call =
-      call_of(dtype, extents, x, y, weight, packed, bias, out_scale, down, up, hidden, rule, threads);
-  if (call.tokens == 0 || call.out_features == 0) return;
-  py::gil_scoped_release release;
-  expect_memory(tw::linear_forward(call));
+tw::LinearCall call_of(const py::tuple& t, int threads) {
+  return call_of(t[0].cast<std::string>(), t[1], t[2], t[3], t[4], t[5], t[6].cast<int64_t>(),
+                 t[7].cast<int64_t>(), t[8], t[9], t[10], t[11], threads);
 }
 
-// gradients: dy, dx, (dbias, ddown, dup), 0 where not wanted
-void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradients, const std::string& dtype,
-              const py::tuple& extents, const py::tuple& x, const py::tuple& weight, const py::object& packed,
-              int64_t out_scale, const py::tuple& down, const py::tuple& up, const py::tuple& hidden,
-              const py::tuple& rule, int threads) {
-  tw::LinearBackwardCall call = {};
-  call.forward = call_of(dtype, extents, x, py::make_tuple(0, 0), weight, packed, 0, out_scale, down, up,
-                         hidden, rule, threads);
-  call.dy = rows_of(dy);
-  call.dx = rows_of(dx);
-  call.dbias = pointer<float>(gradients[0]);
-  call.ddown = pointer<float>(gradients[1]);
-  call.dup = pointer<float>(gradients[2]);
+// Of several layers: what the kernels take for granted.
+void expect_one_x(const tw::LinearCall& first, const tw::LinearCall& call, size_t layers) {
+  TW_CHECK(layers <= tw::kMostLayers, "fused_linear: ", layers, " layers, need at most ", tw::kMostLayers);
+  TW_CHECK(call.x.data == first.x.data && call.x.row == first.x.row && call.tokens == first.tokens &&
+               call.in_features == first.in_features && call.dtype == first.dtype,
+           "fused_linear: layers over different x");
+}
+
+// each layer: dtype, (T, I, O, R), x, y, weight, ... as call_of takes them
+void forward(const std::vector<py::tuple>& layers, int threads) {
+  tw::LinearCall calls[tw::kMostLayers];
+  int n = 0;
+  for (const py::tuple& layer : layers) {
+    const tw::LinearCall call = call_of(layer, threads);
+    expect_one_x(n == 0 ? call : calls[0], call, layers.size());
+    if (call.tokens == 0 || call.out_features == 0) continue;
+    calls[n++] = call;
+  }
+  if (n == 0) return;
   py::gil_scoped_release release;
-  expect_memory(tw::linear_backward(call));
+  expect_memory(tw::linear_forward(calls, n));
+}
+
+// each layer: (dy, dx, (dbias, ddown, dup), its call as in the forward), 0 where a gradient is not wanted; dx
+// is the first one's
+void backward(const std::vector<py::tuple>& layers, int threads) {
+  tw::LinearBackwardCall calls[tw::kMostLayers] = {};
+  tw::LinearCall forwards[tw::kMostLayers];
+  int n = 0;
+  for (const py::tuple& layer : layers) {
+    tw::LinearBackwardCall call = {};
+    call.forward = call_of(layer[3].cast<py::tuple>(), threads);
+    expect_one_x(n == 0 ? call.forward : forwards[0], call.forward, layers.size());
+    const auto gradients = layer[2].cast<py::tuple>();
+    call.dy = rows_of(layer[0]);
+    call.dx = rows_of(layer[1]);
+    call.dbias = pointer<float>(gradients[0]);
+    call.ddown = pointer<float>(gradients[1]);
+    call.dup = pointer<float>(gradients[2]);
+    forwards[n] = call.forward;
+    calls[n++] = call;
+  }
+  TW_CHECK(n >= 1 && tw::linear_fit_together(forwards, n),
+           "fused_linear: gradients of layers of different kinds");
+  py::gil_scoped_release release;
+  expect_memory(tw::linear_backward(calls, n));
 }
 
 // A packed weight's call without a gradient or an update: all but x, bias and y is known beforehand.
@@ -124,7 +151,7 @@ class PreparedLinear {
     call.threads = threads;
     if (tokens == 0 || call.out_features == 0) return;
     py::gil_scoped_release release;
-    expect_memory(tw::linear_forward(call));
+    expect_memory(tw::linear_forward(&call, 1));
   }
 
  private:

@@ -79,16 +79,16 @@ struct DeltaProduct {
     });
   }
 
-  // Turns the `piece`-th part of n_tokens tokens from `begin` on; returns false past the last.
-  bool turn(const Rows& from, int64_t begin, int64_t n_tokens, int64_t piece) const {
-    const int64_t chunks = (columns + kColumnsAtOnce - 1) / kColumnsAtOnce;
-    if (chunks == 0 || piece / chunks > step_of(n_tokens - 1)) return false;
-    const int64_t step = piece / chunks, c = piece % chunks * kColumnsAtOnce;
+  // How many parts n_tokens tokens are turned in.
+  int64_t pieces(int64_t n_tokens) const { return chunks() * (step_of(n_tokens - 1) + 1); }
+
+  // Turns one of them, of the tokens from `begin` on.
+  void turn(const Rows& from, int64_t begin, int64_t n_tokens, int64_t piece) const {
+    const int64_t step = piece / chunks(), c = piece % chunks() * kColumnsAtOnce;
     const int64_t t = step / kStepsOfItem * kTokensOfItem + step % kStepsOfItem * kTokens;
     const int64_t end = least(round_up(t + 1, kTokensOfItem), n_tokens);
     turn_rows(turned + (step * columns + c) * kTokens, kTokens, row_at<T>(from, begin + t, c), from.row,
               least(kTokens, end - t), least(kColumnsAtOnce, columns - c));
-    return true;
   }
 
   // Makes the sums of a panel's lanes, if a step begins with token t of those turned.
@@ -118,6 +118,8 @@ struct DeltaProduct {
   }
 
  private:
+  int64_t chunks() const { return (columns + kColumnsAtOnce - 1) / kColumnsAtOnce; }
+
   // of tokens, summed up at once
   static constexpr int kVectors = kTokens / W % 4 == 0 ? 4 : kTokens / W % 2 == 0 ? 2 : 3;
   static_assert(kTokens % (kVectors * W) == 0, "whole vectors");

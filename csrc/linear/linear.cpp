@@ -37,7 +37,12 @@ bool sums_of_delta(const LinearCall& call, float* sums) {
 bool whole_numbers(const LinearCall& call, bool* fits) {
   TW_AT_LEVEL(isa_for(call.dtype), linear_int8, call, fits)
 }
-bool many_tokens(const LinearCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_forward, call) }
+bool many_tokens(const LinearCall* calls, int n_calls) {
+  TW_AT_LEVEL(isa_for(calls->dtype), linear_forward, calls, n_calls)
+}
+bool many_gradients(const LinearBackwardCall* calls, int n_calls) {
+  TW_AT_LEVEL(isa_for(calls->forward.dtype), linear_backward, calls, n_calls)
+}
 
 bool few_tokens(const LinearCall& call) {
   return takes_bytes(call) ? rows_in_bytes(call) : rows_in_floats(call);
@@ -52,20 +57,43 @@ bool few_tokens_and_delta(const LinearCall& call) {
   return had_memory;
 }
 
-}  // namespace
-
-bool linear_forward(const LinearCall& call) {
+bool forward_of_one(const LinearCall& call) {
   if (are_few(call)) return call.delta.offsets ? few_tokens_and_delta(call) : few_tokens(call);
   if (call.int8_activations) {
     bool fits = false;
     const bool had_memory = whole_numbers(call, &fits);
     if (fits) return had_memory;
   }
-  return many_tokens(call);
+  return many_tokens(&call, 1);
 }
-bool linear_backward(const LinearBackwardCall& call) {
-  TW_AT_LEVEL(isa_for(call.forward.dtype), linear_backward, call)
+
+// Whether two layers can be multiplied side by side, panel by panel.
+bool fit_together(const LinearCall& a, const LinearCall& b) {
+  const bool same_kind =
+      a.weight.data ? b.weight.data != nullptr : !b.weight.data && a.packed.kind == b.packed.kind;
+  return same_kind && !a.input_order && !b.input_order && !a.int8_activations && !b.int8_activations;
 }
+
+}  // namespace
+
+bool linear_forward(const LinearCall* calls, int n_calls) {
+  bool together = true;
+  for (int i = 0; i < n_calls; ++i)
+    together = together && !are_few(calls[i]) && fit_together(calls[0], calls[i]);
+  if (together && n_calls > 1) return many_tokens(calls, n_calls);
+  for (int i = 0; i < n_calls; ++i)
+    if (!forward_of_one(calls[i])) return false;
+  return true;
+}
+
+bool linear_backward(const LinearBackwardCall* calls, int n_calls) { return many_gradients(calls, n_calls); }
+
+bool linear_fit_together(const LinearCall* calls, int n_calls) {
+  for (int i = 1; i < n_calls; ++i)
+    if (!fit_together(calls[0], calls[i])) return false;
+  return true;
+}
+
 bool linear_sampled(const SampledCall& call) { TW_AT_LEVEL(isa_for(call.dtype), linear_sampled, call) }
 
 }  // namespace tw

@@ -68,24 +68,29 @@ struct SampledCall {
   int threads;
 };
 
+// Several calls are layers over the same x, of one dtype and number of threads. Forward, x is packed once for
+// those that fit together; backward all have to, and their dx is one sum, written where the first says.
+constexpr int kMostLayers = 8;
+bool linear_fit_together(const LinearCall* calls, int n_calls);
+
 // Each returns false if scratch memory cannot be had.
-bool linear_forward(const LinearCall& call);
+bool linear_forward(const LinearCall* calls, int n_calls);
+bool linear_backward(const LinearBackwardCall* calls, int n_calls);
 bool linear_sampled(const SampledCall& call);
-bool linear_backward(const LinearBackwardCall& call);
 
 // linear_rows and linear_byte_rows are for a few tokens and no dropout, the latter for levels with a dot
 // product of bytes and for packed weights but e4m3, of bf16 x or with int8_activations. linear_int8 says
 // whether the call is one for it, and does nothing if not. linear_delta makes the sums of D x of a few
-// tokens.
-#define TW_LINEAR_KERNELS(level)                          \
-  namespace level {                                       \
-  bool linear_forward(const LinearCall& call);            \
-  bool linear_rows(const LinearCall& call);               \
-  bool linear_byte_rows(const LinearCall& call);          \
-  bool linear_int8(const LinearCall& call, bool* fits);   \
-  bool linear_backward(const LinearBackwardCall& call);   \
-  bool linear_delta(const LinearCall& call, float* sums); \
-  bool linear_sampled(const SampledCall& call);           \
+// tokens. Several layers are all dense or all packed with codes of one kind, and know no input_order.
+#define TW_LINEAR_KERNELS(level)                                      \
+  namespace level {                                                   \
+  bool linear_forward(const LinearCall* calls, int n_calls);          \
+  bool linear_rows(const LinearCall& call);                           \
+  bool linear_byte_rows(const LinearCall& call);                      \
+  bool linear_int8(const LinearCall& call, bool* fits);               \
+  bool linear_backward(const LinearBackwardCall* calls, int n_calls); \
+  bool linear_delta(const LinearCall& call, float* sums);             \
+  bool linear_sampled(const SampledCall& call);                       \
   }
 TW_LINEAR_KERNELS(portable)
 TW_LINEAR_KERNELS(avx2)

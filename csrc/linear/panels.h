@@ -116,11 +116,11 @@ struct PanelScratch {
   }
 };
 
-// Tokens [t_begin, t_end) of `left` times a panel. finish(sums of the block, first token, tokens) once a
-// block's sums are whole.
+// Tokens [t_begin, t_end) of `left` times a panel, on top of the sums there unless it is the first product.
+// finish(sums of the block, first token, tokens) once a block's sums are whole.
 template <class C, class Right, class Finish>
 inline void panel_product(const PackedLeft<C>& left, const Right& right, int64_t depth, int64_t t_begin,
-                          int64_t t_end, int64_t n0, int lanes, const PanelScratch<C>& scratch,
+                          int64_t t_end, int64_t n0, int lanes, const PanelScratch<C>& scratch, bool is_first,
                           const Finish& finish) {
   const int strips = static_cast<int>((lanes + kStrip<C> - 1) / kStrip<C>);
   for (int64_t k0 = 0; k0 < most(depth, 1); k0 += kChunk) {
@@ -135,7 +135,7 @@ inline void panel_product(const PackedLeft<C>& left, const Right& right, int64_t
       for (int s = 0; s < strips; ++s) {
         const C* b = scratch.panel + s * kStripElements<C>;
         float* c = sums + s * kStrip<C>;
-        if (k0 == 0)
+        if (k0 == 0 && is_first)
           gemm<C, Start::zero>(padded, kStrip<C>, units, a, kLeftRow, b, kStrip<C>, c, kSumsRow);
         else
           gemm<C, Start::add_to>(padded, kStrip<C>, units, a, kLeftRow, b, kStrip<C>, c, kSumsRow);

@@ -8,6 +8,27 @@
 namespace tw {
 namespace {
 
+inline int64_t chunks_of(int64_t depth) { return (depth + kChunk - 1) / kChunk; }
+
+// Pieces of work over several layers, taken one after another by whichever thread is free.
+struct Taken {
+  int64_t taken = 0;
+
+  int64_t next() { return take_next(&taken); }
+
+  // f(layer, index below count(layer)) for each piece that this thread takes
+  template <class Count, class F>
+  void each(int n_layers, const Count& count, const F& f) {
+    for (;;) {
+      int64_t index = next();
+      int layer = 0;
+      for (; layer < n_layers && index >= count(layer); ++layer) index -= count(layer);
+      if (layer == n_layers) return;
+      f(layer, index);
+    }
+  }
+};
+
 // Extents of the rank in compute type C.
 template <class C>
 struct Rank {

@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 
 from tilewright.native import native
+from tilewright.ops.common.packed import FORMATS
 from tilewright.ops.common.packed_cpu import native_packed
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_ROWS = (0, 0)
+MOST_LAYERS = 8  # csrc/linear/linear.h
 
 
 def why_not(p: Problem) -> str | None:
@@ -107,45 +109,77 @@ class _Held:
         )  # fmt: skip
 
 
-def _extents(p: Problem) -> tuple[int, int, int, int]:
-    return p.tokens, p.in_features, p.out_features, p.rank
+def _call(held: _Held, p: Problem, y, hidden) -> tuple:
+    return (
+        NAMES[p.dtype], (p.tokens, p.in_features, p.out_features, p.rank), _rows(held.x), _rows(y),
+        _rows(held.weight), held.packed(p), _address(held.bias), _address(held.out_scale),
+        _rows(held.down), _rows(held.up), _rows(hidden), held.rule(p),
+    )  # fmt: skip
 
 
 def forward(x, o: Operands, p: Problem):
-    y = x.new_empty(p.tokens, p.out_features)
-    hidden = x.new_empty(p.tokens, p.rank)
-    held = _Held(x, o, p)
-    native().linear_forward(
-        NAMES[p.dtype], _extents(p), _rows(held.x), _rows(y), _rows(held.weight), held.packed(p),
-        _address(held.bias), _address(held.out_scale), _rows(held.down), _rows(held.up),
-        _rows(hidden), held.rule(p), torch.get_num_threads(),
-    )  # fmt: skip
-    return y, hidden
+    return forward_of_layers(x, [(o, p)])[0]
+
+
+def forward_of_layers(x, layers: list[tuple[Operands, Problem]]) -> list[tuple]:
+    """y and hidden of each of several layers over the same x."""
+    results = [(x.new_empty(p.tokens, p.out_features), x.new_empty(p.tokens, p.rank))
+               for _, p in layers]  # fmt: skip
+    held = [_Held(x, o, p) for o, p in layers]
+    calls = [_call(h, p, *r) for h, (_, p), r in zip(held, layers, results, strict=True)]
+    native().linear_forward(calls, torch.get_num_threads())
+    return results
 
 
 def backward(dy, x, hidden, o: Operands, p: Problem, wants):
-    held = _Held(x, o, p)
-    dy, hidden = _in_rows(dy), _in_rows(hidden)
-    like = ((p.tokens, p.in_features), (p.out_features,), (p.rank, p.in_features),
-            (p.rank, p.out_features))  # fmt: skip
-    dtypes = (x.dtype, torch.float32, torch.float32, torch.float32)
-    grads = [
-        x.new_empty(shape, dtype=dtype) if wants_it else None
-        for shape, dtype, wants_it in zip(like, dtypes, wants, strict=True)
-    ]
-    dx, dbias, ddown, dup = grads
-    native().linear_backward(
-        _rows(dy), _rows(dx), tuple(_address(g) for g in (dbias, ddown, dup)), NAMES[p.dtype],
-        _extents(p), _rows(held.x), _rows(held.weight), held.packed(p), _address(held.out_scale),
-        _rows(held.down), _rows(held.up), _rows(hidden), held.rule(p), torch.get_num_threads(),
+    dx, (rest,) = backward_of_layers([dy], x, [hidden], [(o, p)], wants[0], [wants[1:]])
+    return dx, *rest
+
+
+def fit_together(layers: list[tuple[Operands, Problem]]) -> bool:
+    """Whether these layers over one x can be multiplied side by side."""
+    first, kinds = layers[0][1], {_kind(p) for _, p in layers}
+    return len(layers) <= MOST_LAYERS and len(kinds) == 1 and not any(
+        o.input_order is not None or p.int8_activations or p.dtype != first.dtype for o, p in layers
     )  # fmt: skip
-    return (
-        x.new_empty(0) if dx is None else held.unordered(dx),
-        x.new_empty(0) if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
-        x.new_empty(0) if ddown is None or o.down is None
-        else held.unordered(ddown).to(o.down.dtype),
-        x.new_empty(0) if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
-    )  # fmt: skip
+
+
+def _kind(p: Problem) -> str:
+    return p.format if p.format == DENSE or FORMATS[p.format].bits == 8 else "table"
+
+
+def backward_of_layers(
+    dys, x, hiddens, layers: list[tuple[Operands, Problem]], wants_dx: bool, wants
+) -> tuple[torch.Tensor, list[tuple]]:
+    """The dx of several layers over the same x, summed in float32, and of each (dbias, ddown, dup).
+
+    wants   of each layer, which of the three; what is not wanted is an empty tensor
+    """
+    held = [_Held(x, o, p) for o, p in layers]
+    dx = x.new_empty(x.shape) if wants_dx else None
+    calls, found = [], []
+    kept = []  # until the call has returned
+    for h, (o, p), dy, hidden, wanted in zip(held, layers, dys, hiddens, wants, strict=True):
+        shapes = ((p.out_features,), (p.rank, p.in_features), (p.rank, p.out_features))
+        grads = [
+            x.new_empty(shape, dtype=torch.float32) if wants_it else None
+            for shape, wants_it in zip(shapes, wanted, strict=True)
+        ]
+        dy, hidden = _in_rows(dy), _in_rows(hidden)
+        kept.append((dy, hidden))
+        calls.append((_rows(dy), _rows(dx), tuple(_address(g) for g in grads),
+                      _call(h, p, None, hidden)))  # fmt: skip
+        found.append((h, o, grads))
+    native().linear_backward(calls, torch.get_num_threads())
+    empty = x.new_empty(0)
+    rest = []
+    for h, o, (dbias, ddown, dup) in found:
+        rest.append((
+            empty if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
+            empty if ddown is None or o.down is None else h.unordered(ddown).to(o.down.dtype),
+            empty if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
+        ))  # fmt: skip
+    return empty if dx is None else held[0].unordered(dx), rest
 
 
 def sampled_product(dy, x, row_offsets, columns) -> torch.Tensor:
