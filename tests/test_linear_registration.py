@@ -49,7 +49,7 @@ def described(case: Case, dtype=torch.float32, grad=True):
         )  # fmt: skip
     else:
         options = o
-    p, x, operands = api._describe(inputs.x, inputs.weight, **options)
+    p, x, operands = api.describe(inputs.x, inputs.weight, **options)
     trained = {n: getattr(operands, n).requires_grad_() for n in ("bias", "down", "up")
                if grad and getattr(operands, n) is not None}  # fmt: skip
     operands = operands._replace(**trained)

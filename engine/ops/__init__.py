@@ -3,7 +3,9 @@
 from tilewright.ops.attention import ShiftedSegments, flash_attention, flash_decode
 from tilewright.ops.common import PackedWeight, WeightDelta
 from tilewright.ops.linear import (
+    LinearLayer,
     fused_linear,
+    linear_group,
     lora_linear,
     multi_lora_linear,
     quantized_linear,
@@ -69,6 +71,7 @@ __all__ = [
     "ErrorStatistics",
     "Int4",
     "Int8",
+    "LinearLayer",
     "PackedWeight",
     "Regrowth",
     "Route",
@@ -89,6 +92,7 @@ __all__ = [
     "importance_loss",
     "largest_gradients",
     "layer_norm",
+    "linear_group",
     "load_deltas",
     "load_loss",
     "load_packed",

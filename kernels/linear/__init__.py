@@ -7,10 +7,13 @@ from tilewright.ops.linear.api import (
     multi_lora_linear,
     quantized_linear,
 )
+from tilewright.ops.linear.group import LinearLayer, linear_group
 from tilewright.ops.linear.sampled import sampled_product
 
 __all__ = [
+    "LinearLayer",
     "fused_linear",
+    "linear_group",
     "lora_linear",
     "multi_lora_linear",
     "quantized_linear",

@@ -83,29 +83,39 @@ def fused_linear(
         ready = prepared.call(x, plain, bias, int8_activations)
         if ready is not None:
             return ready
-    p, x2, o = _describe(
+    p, x2, o = describe(
         x, weight, bias, out_scale=out_scale, down=down, up=up, scale=scale,
         activation=activation, dropout_p=dropout_p, dropout_seed=dropout_seed,
         int8_activations=int8_activations, delta=delta,
     )  # fmt: skip
-    if out_scale is not None and out_scale.requires_grad and torch.is_grad_enabled():
-        # its gradient needs the base product by itself
-        base = op.call_fused_linear(
-            x2, o._replace(out_scale=None, down=None, up=None, dropout_seed=None),
-            p._replace(rank=0, dropout_p=0.0, activation="none"), impl,
-        )  # fmt: skip
-        y = base * out_scale.to(base.dtype)
-        if o.down is not None:
-            zero = torch.zeros_like(out_scale)
-            alone = o._replace(
-                bias=None, out_scale=zero, delta_offsets=None, delta_columns=None, delta_values=None
-            )
-            y = y + op.call_fused_linear(x2, alone, p._replace(has_delta=False), impl)
-    else:
-        y = op.call_fused_linear(x2, o, p, impl)
-        if plain is not None and p.device == "cpu" and may_go_direct(x, plain.codes):
-            prepared.remember(plain, p.dtype, int8_activations)
+    y = call_described(x2, o, p, impl)
+    if plain is not None and p.device == "cpu" and may_go_direct(x, plain.codes):
+        prepared.remember(plain, p.dtype, int8_activations)
     return y.view(*x.shape[:-1], p.out_features)
+
+
+def scale_is_trained(o: Operands) -> bool:
+    return o.out_scale is not None and o.out_scale.requires_grad and torch.is_grad_enabled()
+
+
+def call_described(x: torch.Tensor, o: Operands, p: Problem, impl: str) -> torch.Tensor:
+    """y (T, O) of a call that has passed all checks."""
+    if not scale_is_trained(o):
+        return op.call_fused_linear(x, o, p, impl)
+    # its gradient needs the base product by itself
+    assert o.out_scale is not None
+    base = op.call_fused_linear(
+        x, o._replace(out_scale=None, down=None, up=None, dropout_seed=None),
+        p._replace(rank=0, dropout_p=0.0, activation="none"), impl,
+    )  # fmt: skip
+    y = base * o.out_scale.to(base.dtype)
+    if o.down is not None:
+        zero = torch.zeros_like(o.out_scale)
+        alone = o._replace(
+            bias=None, out_scale=zero, delta_offsets=None, delta_columns=None, delta_values=None
+        )
+        y = y + op.call_fused_linear(x, alone, p._replace(has_delta=False), impl)
+    return y
 
 
 def lora_linear(
@@ -238,7 +248,7 @@ def multi_lora_linear(
     each = torch.tensor([float(s) for s in scales])
     columns, column_scales = columns.int(), each[columns]
     device = row_adapters.device
-    p, x2, o = _describe(
+    p, x2, o = describe(
         x, weight, bias, down=torch.cat(list(downs)), up=torch.cat(list(ups), dim=1),
         row_adapters=row_adapters.reshape(-1),
         column_adapters=columns.to(device, non_blocking=True),
@@ -247,7 +257,7 @@ def multi_lora_linear(
     return op.call_fused_linear(x2, o, p, impl).view(*x.shape[:-1], p.out_features)
 
 
-def _describe(
+def describe(
     x, weight, bias=None, *, out_scale=None, down=None, up=None, scale=1.0, activation="none",
     dropout_p=0.0, dropout_seed=None, int8_activations=False, row_adapters=None,
     column_adapters=None, column_scales=None, delta=None, name="fused_linear",
@@ -256,8 +266,8 @@ def _describe(
     packed = weight if isinstance(weight, PackedWeight) else None
     dense = weight if packed is None else None
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         dense = None if dense is None else dense.to(dtype)
     expect_dtype(name, DTYPES, x=x)
@@ -329,6 +339,14 @@ def _describe(
         has_delta=delta is not None,
     )  # fmt: skip
     return problem, x2, operands
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of x, or None."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _matrix(name: str, weight: torch.Tensor) -> tuple[int, int]:
@@ -413,7 +431,7 @@ def _sample_problems() -> dict[str, object]:
 
 
 def _described(*args, impl="auto", **kwargs):
-    return _describe(*args, **kwargs)[0]
+    return describe(*args, **kwargs)[0]
 
 
 choose.register(choose.Operator("fused_linear", _CANDIDATES, _described, _sample_problems))

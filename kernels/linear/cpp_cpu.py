@@ -125,6 +125,7 @@ def forward_of_layers(x, layers: list[tuple[Operands, Problem]]) -> list[tuple]:
     """y and hidden of each of several layers over the same x."""
     results = [(x.new_empty(p.tokens, p.out_features), x.new_empty(p.tokens, p.rank))
                for _, p in layers]  # fmt: skip
+    x = _in_rows(x)
     held = [_Held(x, o, p) for o, p in layers]
     calls = [_call(h, p, *r) for h, (_, p), r in zip(held, layers, results, strict=True)]
     native().linear_forward(calls, torch.get_num_threads())
@@ -138,9 +139,12 @@ def backward(dy, x, hidden, o: Operands, p: Problem, wants):
 
 def fit_together(layers: list[tuple[Operands, Problem]]) -> bool:
     """Whether these layers over one x can be multiplied side by side."""
-    first, kinds = layers[0][1], {_kind(p) for _, p in layers}
-    return len(layers) <= MOST_LAYERS and len(kinds) == 1 and not any(
-        o.input_order is not None or p.int8_activations or p.dtype != first.dtype for o, p in layers
+    first = layers[0][1]
+    return len(layers) <= MOST_LAYERS and all(
+        _kind(p) == _kind(first) and p.dtype == first.dtype and o.input_order is None
+        and not p.int8_activations
+        and p.in_features and p.out_features  # an empty weight has no address to tell its kind by
+        for o, p in layers
     )  # fmt: skip
 
 
@@ -155,6 +159,7 @@ def backward_of_layers(
 
     wants   of each layer, which of the three; what is not wanted is an empty tensor
     """
+    x = _in_rows(x)
     held = [_Held(x, o, p) for o, p in layers]
     dx = x.new_empty(x.shape) if wants_dx else None
     calls, found = [], []
@@ -171,15 +176,17 @@ def backward_of_layers(
                       _call(h, p, None, hidden)))  # fmt: skip
         found.append((h, o, grads))
     native().linear_backward(calls, torch.get_num_threads())
-    empty = x.new_empty(0)
-    rest = []
-    for h, o, (dbias, ddown, dup) in found:
-        rest.append((
-            empty if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
-            empty if ddown is None or o.down is None else h.unordered(ddown).to(o.down.dtype),
-            empty if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
-        ))  # fmt: skip
-    return empty if dx is None else held[0].unordered(dx), rest
+    rest = [
+        # each empty tensor is one of its own: an operator's results may not alias
+        (
+            x.new_empty(0) if dbias is None or o.bias is None else dbias.to(o.bias.dtype),
+            x.new_empty(0) if ddown is None or o.down is None
+            else h.unordered(ddown).to(o.down.dtype),
+            x.new_empty(0) if dup is None or o.up is None else dup.T.to(o.up.dtype).contiguous(),
+        )
+        for h, o, (dbias, ddown, dup) in found
+    ]  # fmt: skip
+    return x.new_empty(0) if dx is None else held[0].unordered(dx), rest
 
 
 def sampled_product(dy, x, row_offsets, columns) -> torch.Tensor:

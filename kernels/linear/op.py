@@ -238,16 +238,20 @@ def _autograd_backward(ctx, dy, dhidden):
         )
         for i, wants_it, grad in zip(places, wants, found, strict=True):
             grads[i] = grad if wants_it else None
-    if needs[1 + WEIGHT]:  # a trainable dense weight: a plain product
-        out_scale = operands[OUT_SCALE]
-        upstream = dy if out_scale is None else dy * out_scale.to(dy.dtype)
-        grads[1 + WEIGHT] = upstream.T @ x
+    if needs[1 + WEIGHT]:
+        grads[1 + WEIGHT] = weight_gradient(dy, x, operands[OUT_SCALE])
     if needs[1 + DELTA_VALUES]:
-        grads[1 + DELTA_VALUES] = _delta_gradient(dy, x, operands, ctx.rest[-1])
+        grads[1 + DELTA_VALUES] = delta_gradient(dy, x, operands, ctx.rest[-1])
     return tuple(grads)
 
 
-def _delta_gradient(dy, x, operands, impl) -> torch.Tensor:
+def weight_gradient(dy, x, out_scale) -> torch.Tensor:
+    """Of a trainable dense weight: a plain product."""
+    upstream = dy if out_scale is None else dy * out_scale.to(dy.dtype)
+    return upstream.T @ x
+
+
+def delta_gradient(dy, x, operands, impl) -> torch.Tensor:
     """dvalues[n] = out_scale[o] sum_t dy[t, o] x[t, i] for the place (o, i) of value n."""
     offsets, columns, values, out_scale = (
         operands[i] for i in (DELTA_OFFSETS, DELTA_COLUMNS, DELTA_VALUES, OUT_SCALE)
@@ -283,8 +287,13 @@ def call_fused_linear(x, o: Operands, p: Problem, impl: str) -> torch.Tensor:
     """The registered operator, or in plain eager mode what it would end up calling."""
     if not may_go_direct(x, *[t for t in o if t is not None]):
         return torch.ops.tilewright.fused_linear(x, *o, *rest(p, impl))[0]
-    if torch.is_grad_enabled():
-        for t in (x, o.weight, o.bias, o.down, o.up, o.delta_values):
-            if t is not None and t.requires_grad:
-                return _FusedLinear.apply(x, *o, *rest(p, impl))[0]
+    if torch.is_grad_enabled() and needs_gradient(x, o):
+        return _FusedLinear.apply(x, *o, *rest(p, impl))[0]
     return _run_forward(x, o, p, impl)[0]
+
+
+def needs_gradient(x, o: Operands) -> bool:
+    for t in (x, o.weight, o.bias, o.down, o.up, o.delta_values):
+        if t is not None and t.requires_grad:
+            return True
+    return False
