@@ -1,7 +1,9 @@
 """Linear layers: packed weights at decoding, prefill and training sizes, and low-rank updates.
 
 Axes: T tokens, I in, O out, R rank of the update, 0 for none. `format` is how the weight is kept:
-"dense", or packed by the room quant in groups of 64, with int8 one scale a row.
+"dense", or packed by the room quant in groups of 64, with int8 one scale a row. `outs` are the
+outputs of several layers over one x, O together: their weights, downs and ups stand one below the
+other, and every variant hands back their results side by side in one tensor.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ ONE = dict(dtypes=("bf16",), modes=("fwd",))
 FORWARD = dict(dtypes=("bf16", "float32"), modes=("fwd",))
 TRAINED = dict(dtypes=("bf16",), modes=("fwd", "fwd+bwd"))
 SQUARE, WIDE = dict(I=4096, O=4096), dict(I=2048, O=5632)
+QKV = dict(I=4096, O=6144, outs=(4096, 1024, 1024))
+GATE_UP = dict(I=2048, O=11264, outs=(5632, 5632))
 
 CASES = {
     "int4-1": dict(T=1, format="int4", **SQUARE, **FORWARD),
@@ -46,13 +50,18 @@ CASES = {
     "lora-512-r64": dict(T=512, format="dense", R=64, gradients=UPDATED, **SQUARE, **TRAINED),
     "lora-2k-r16": dict(T=2048, format="dense", R=16, gradients=UPDATED, **SQUARE, **TRAINED),
     "qlora-512-r16": dict(T=512, format="nf4", R=16, gradients=UPDATED, **SQUARE, **TRAINED),
+    "qkv-1": dict(T=1, format="nf4", **QKV, **ONE),
+    "qkv-16": dict(T=16, format="nf4", **QKV, **ONE),
+    "qkv-512-lora": dict(T=512, format="dense", R=16, gradients=UPDATED, **QKV, **TRAINED),
+    "qkv-512-qlora": dict(T=512, format="nf4", R=16, gradients=UPDATED, **QKV, **TRAINED),
+    "gate-up-512-qlora": dict(T=512, format="nf4", R=16, gradients=UPDATED, **GATE_UP, **TRAINED),
 }
 
 
-@functools.lru_cache(maxsize=2)
-def _packed(format: str, n_out: int, n_in: int):
+@functools.lru_cache(maxsize=3)
+def _packed(format: str, n_out: int, n_in: int, seed: int = 0):
     """The packed weight, and what it decodes to."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n_out, n_in, generator=generator) / n_in**0.5
     formats: dict[str, tilewright.Int4 | tilewright.Int8 | tilewright.NF4] = {
         "int4": tilewright.Int4(64, solver="minmax"),
@@ -63,13 +72,19 @@ def _packed(format: str, n_out: int, n_in: int):
     return packed, tilewright.dequantize_weight(packed, torch.float32)
 
 
-@functools.lru_cache(maxsize=2)
-def _packed_on(format: str, n_out: int, n_in: int, device: str):
-    return _packed(format, n_out, n_in)[0].to(device)
+@functools.lru_cache(maxsize=3)
+def _packed_on(format: str, n_out: int, n_in: int, device: str, seed: int = 0):
+    return _packed(format, n_out, n_in, seed)[0].to(device)
+
+
+def _outs(case: dict) -> tuple[int, ...]:
+    """The outputs of each layer."""
+    return case.get("outs", (case["O"],))
 
 
 def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """x (T, I), weight (O, I) as it decodes, and with an update down (R, I) and up (O, R)."""
+    """x (T, I), weight (O, I) as it decodes, and with an update down (R, I), of each layer, and up
+    (O, R)."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
@@ -79,14 +94,19 @@ def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.
     if case["format"] == "dense":
         inputs["weight"] = (normal(case["O"], case["I"]) / case["I"] ** 0.5).to(dtype)
     else:
-        inputs["weight"] = _packed(case["format"], case["O"], case["I"])[1].to(device, dtype)
+        decoded = [_packed(case["format"], o, case["I"], n)[1] for n, o in enumerate(_outs(case))]
+        inputs["weight"] = torch.cat(decoded).to(device, dtype)
     if case.get("R"):
-        inputs["down"] = (normal(case["R"], case["I"]) / case["I"] ** 0.5).to(dtype)
+        rows = case["R"] * len(_outs(case))
+        inputs["down"] = (normal(rows, case["I"]) / case["I"] ** 0.5).to(dtype)
         inputs["up"] = (normal(case["O"], case["R"]) / case["R"] ** 0.5).to(dtype)
     return inputs
 
 
 def small(case: dict) -> dict:
+    if "outs" in case:
+        outs = tuple(o // 64 for o in case["outs"])
+        return {**case, "T": min(case["T"], 40), "I": 256, "O": sum(outs), "outs": outs}
     return {**case, "T": min(case["T"], 40), "I": 256, "O": 192}
 
 
@@ -95,7 +115,8 @@ def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
     the backward. Bytes: x, y and the weight once, in the backward again with their gradients."""
     n_tokens, n_in, n_out, rank = case["T"], case["I"], case["O"], case.get("R", 0)
     passes = 2 if mode == "fwd+bwd" else 1
-    operations = 2.0 * n_tokens * (n_in * n_out * passes + (n_in + n_out) * rank * (2 * passes - 1))
+    narrow = (n_in * len(_outs(case)) + n_out) * rank
+    operations = 2.0 * n_tokens * (n_in * n_out * passes + narrow * (2 * passes - 1))
     bits = {"dense": 8 * itemsize, "int8": 8, "int4": 4.5, "nf4": 4.5}[case["format"]]
     n_bytes = n_in * n_out * bits / 8 + itemsize * n_tokens * (n_in + n_out)
     return operations, passes * n_bytes
@@ -111,12 +132,39 @@ def _weight(case: dict, weight):
     return _packed_on(case["format"], case["O"], case["I"], str(weight.device))
 
 
+def _layers(case: dict, weight, down, up) -> list[tilewright.LinearLayer]:
+    """The layers of a case with several."""
+    outs, dense = _outs(case), case["format"] == "dense"
+    downs = (None,) * len(outs) if down is None else down.split(case["R"])
+    ups = (None,) * len(outs) if up is None else up.split(outs)
+    return [
+        tilewright.LinearLayer(
+            w if dense else _packed_on(case["format"], len(w), case["I"], str(w.device), n),
+            down=d, up=u, scale=2.0 if case.get("R") else 1.0,
+        )
+        for n, (w, d, u) in enumerate(zip(weight.split(outs), downs, ups, strict=True))
+    ]  # fmt: skip
+
+
 def ours(case: dict, x, weight, down=None, up=None, impl: str = "auto") -> torch.Tensor:
     """The layer by tilewright, (T, O)."""
+    if "outs" in case:
+        return torch.cat(tilewright.linear_group(x, _layers(case, weight, down, up), impl=impl), 1)
     return tilewright.fused_linear(
         x, _weight(case, weight), down=down, up=up, scale=2.0,
         int8_activations=case.get("a8", False), impl=impl,
     )  # fmt: skip
+
+
+def apart(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
+    """One call of ours for each of several layers."""
+    return torch.cat(
+        [
+            tilewright.fused_linear(x, i.weight, down=i.down, up=i.up, scale=i.scale)
+            for i in _layers(case, weight, down, up)
+        ],
+        1,
+    )
 
 
 def truth(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
@@ -128,6 +176,12 @@ def stock(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
     if case.get("a8"):
         scale = x.float().abs().amax(1, keepdim=True) / 127
         x = ((x.float() / scale).round() * scale).to(x.dtype)
+    if "outs" in case and down is not None:
+        layers = zip(
+            weight.split(case["outs"]), down.split(case["R"]), up.split(case["outs"]), strict=True
+        )
+        return torch.cat([F.linear(x, w) + 2.0 * F.linear(F.linear(x, d), u) for w, d, u in layers],
+                         1)  # fmt: skip
     y = F.linear(x, weight)
     return y if down is None else y + 2.0 * F.linear(F.linear(x, down), up)
 
@@ -258,6 +312,7 @@ def _is(*formats: str, update: bool = False, a8: bool | None = None):
     def applies(case: dict) -> bool:
         return (
             case["format"] in formats
+            and "outs" not in case
             and bool(case.get("R")) == update
             and (a8 is None or case.get("a8", False) == a8)
         )
@@ -265,18 +320,27 @@ def _is(*formats: str, update: bool = False, a8: bool | None = None):
     return applies
 
 
+def _are_several(case: dict) -> bool:
+    return "outs" in case
+
+
+def _is_unfused(case: dict) -> bool:
+    return bool(case.get("R")) and case["format"] in ("dense", "nf4")
+
+
 def _onnx_applies(case: dict) -> bool:
-    return case["format"] == "int4" and _installed("onnxruntime", "onnx")
+    return _is("int4")(case) and _installed("onnxruntime", "onnx")
 
 
 def _bitsandbytes_applies(case: dict) -> bool:
-    return case["format"] == "nf4" and not case.get("R") and _installed("bitsandbytes")
+    return _is("nf4")(case) and _installed("bitsandbytes")
 
 
 VARIANTS = {
     "tilewright": Variant(ours),
+    "tilewright, one by one": Variant(apart, applies=_are_several),
     "torch dense": Variant(dense_linear),
-    "torch unfused": Variant(stock, applies=_is("dense", "nf4", update=True)),
+    "torch unfused": Variant(stock, applies=_is_unfused),
     "torch int4": Variant(torch_int4, applies=_is("int4")),
     "torch int_mm": Variant(torch_int_mm, applies=_is("int8", "int4", a8=True)),
     "bitsandbytes nf4": Variant(bitsandbytes_nf4, applies=_bitsandbytes_applies),
