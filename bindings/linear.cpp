@@ -141,6 +141,13 @@ class PreparedLinear {
 
   // x (tokens, I) and y (tokens, O), rows without a gap
   void run(int64_t x, int64_t tokens, int64_t y, int64_t bias, int threads) const {
+    const tw::LinearCall call = call_at(x, tokens, y, bias, threads);
+    if (tokens == 0 || call.out_features == 0) return;
+    py::gil_scoped_release release;
+    expect_memory(tw::linear_forward(&call, 1));
+  }
+
+  tw::LinearCall call_at(int64_t x, int64_t tokens, int64_t y, int64_t bias, int threads) const {
     TW_CHECK(tokens >= 0, "fused_linear: negative extent");
     TW_CHECK(threads >= 1, "fused_linear: threads is ", threads, ", need at least 1");
     tw::LinearCall call = call_;
@@ -149,14 +156,30 @@ class PreparedLinear {
     call.tokens = tokens;
     call.bias = reinterpret_cast<const float*>(bias);
     call.threads = threads;
-    if (tokens == 0 || call.out_features == 0) return;
-    py::gil_scoped_release release;
-    expect_memory(tw::linear_forward(&call, 1));
+    return call;
   }
 
  private:
   tw::LinearCall call_;
 };
+
+// Several over one x; a y and a bias for each.
+void run_prepared(const std::vector<const PreparedLinear*>& layers, int64_t x, int64_t tokens,
+                  const std::vector<int64_t>& ys, const std::vector<int64_t>& biases, int threads) {
+  TW_CHECK(ys.size() == layers.size() && biases.size() == layers.size(), "fused_linear: ", layers.size(),
+           " layers, ", ys.size(), " results, ", biases.size(), " biases");
+  tw::LinearCall calls[tw::kMostLayers];
+  int n = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const tw::LinearCall call = layers[i]->call_at(x, tokens, ys[i], biases[i], threads);
+    expect_one_x(n == 0 ? call : calls[0], call, layers.size());
+    if (tokens == 0 || call.out_features == 0) continue;
+    calls[n++] = call;
+  }
+  if (n == 0) return;
+  py::gil_scoped_release release;
+  expect_memory(tw::linear_forward(calls, n));
+}
 
 void sampled(const std::string& dtype, const py::tuple& extents, const py::tuple& dy, const py::tuple& x,
              const py::tuple& at, int64_t products, int threads) {
@@ -182,6 +205,7 @@ void register_linear(py::module_& m) {
   py::class_<PreparedLinear>(m, "PreparedLinear")
       .def(py::init<const std::string&, int64_t, int64_t, const py::tuple&, bool>())
       .def("__call__", &PreparedLinear::run);
+  m.def("linear_prepared", &run_prepared);
   m.def("linear_forward", &forward);
   m.def("linear_backward", &backward);
   m.def("linear_sampled", &sampled);

@@ -114,6 +114,16 @@ def test_compiles_into_one_graph(group, native_calls):
     assert set(native_calls["forward"]) == {1}
 
 
+@pytest.mark.usefixtures("clean_memory")
+def test_packed_weights_alone_compile_into_one_graph():
+    layers = [ops.LinearLayer(random_packed("nf4", n, 72, 8)) for n in (40, 24)]
+    x = torch.randn(3, 72)
+    compiled = torch.compile(ops.linear_group, fullgraph=True, backend="aot_eager")
+    expected = ops.linear_group(x, layers)
+    for _ in range(2):
+        assert all(bitwise(a, b) for a, b in zip(compiled(x, layers), expected, strict=True))
+
+
 class PassingOn(TorchDispatchMode):
     """Changes nothing, and counts: under it calls go through the registered operator."""
 

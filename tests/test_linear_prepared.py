@@ -10,7 +10,7 @@ from linear_inputs import bitwise, random_packed
 
 from tilewright import choose, ops
 from tilewright.ops.common.packed import FORMATS
-from tilewright.ops.linear import cpp_cpu, op, prepared
+from tilewright.ops.linear import cpp_cpu, group, op, prepared
 from tilewright.ops.linear.problem import Problem
 
 PROBLEM = Problem("cpu", torch.bfloat16, 1, 64, 40, format="int4", group_size=32)
@@ -184,3 +184,86 @@ def test_options_are_checked_after_the_first_call_as_well(options, message):
     ops.fused_linear(x, weight)
     with pytest.raises(ValueError, match=message):
         ops.fused_linear(x, weight, **options)
+
+
+# --- several layers over one x ---
+
+
+@pytest.fixture
+def groups_the_long_way(monkeypatch):
+    calls, usual = [], group._described
+
+    def counting(*a):
+        calls.append(a)
+        return usual(*a)
+
+    monkeypatch.setattr(group, "_described", counting)
+    return calls
+
+
+def layers_of(*weights, bias=None):
+    return [ops.LinearLayer(w, None if n else bias) for n, w in enumerate(weights)]
+
+
+@pytest.mark.parametrize("others", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 70])
+def test_groups_give_the_bits_of_separate_calls(groups_the_long_way, tokens, others):
+    weights = [a_weight("nf4"), a_weight(others, 24), a_weight(others, 0), a_weight(others, 50)]
+    layers = layers_of(*weights, bias=an_x(40))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = an_x(2, tokens, 64, dtype=dtype)
+        ops.linear_group(x, layers)
+        groups_the_long_way.clear()
+        ys = ops.linear_group(x, layers)
+        assert not groups_the_long_way
+        for y, i in zip(ys, layers, strict=True):
+            assert bitwise(y, ops.fused_linear(x, i.weight, i.bias, impl="cpp_cpu"))
+
+
+LONG_GROUPS = {
+    "gradient of x": lambda: (an_x(3, 64).requires_grad_(), layers_of(a_weight(), a_weight())),
+    "gradient of a bias": lambda: (
+        an_x(3, 64),
+        layers_of(a_weight(), a_weight(), bias=torch.zeros(40, requires_grad=True)),
+    ),
+    "strided x": lambda: (an_x(3, 128)[:, ::2], layers_of(a_weight(), a_weight())),
+    "no tokens": lambda: (an_x(0, 64), layers_of(a_weight(), a_weight())),
+    "order": lambda: (an_x(3, 64), layers_of(a_weight(), a_weight(order=True))),
+    "many": lambda: (an_x(3, 64), layers_of(*[a_weight(n_out=n) for n in range(1, 10)])),
+    "a scale": lambda: (
+        an_x(3, 64),
+        [*layers_of(a_weight()), ops.LinearLayer(a_weight(), scale=2.0)],
+    ),
+    "dense": lambda: (
+        an_x(3, 64),
+        [*layers_of(a_weight()), ops.LinearLayer(torch.ones(7, 64).bfloat16())],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LONG_GROUPS)
+def test_groups_that_go_the_long_way(groups_the_long_way, what):
+    x, layers = LONG_GROUPS[what]()
+    for _ in range(2):
+        ys = ops.linear_group(x, layers)
+        for y, i in zip(ys, layers, strict=True):
+            expected = ops.fused_linear(x, i.weight, i.bias, scale=i.scale, impl="cpp_cpu")
+            assert bitwise(y, expected)
+    assert len(groups_the_long_way) == 2
+
+
+def test_a_group_whose_x_or_bias_does_not_fit_is_refused():
+    layers = layers_of(a_weight(), a_weight())
+    ops.linear_group(an_x(3, 64), layers)
+    with pytest.raises(ValueError, match=r"linear_group: x has shape \(3, 32\), need a last axis"):
+        ops.linear_group(an_x(3, 32), layers)
+    with pytest.raises(ValueError, match=r"layers\[0\]: bias has shape \(39,\), need \(40,\)"):
+        ops.linear_group(an_x(3, 64), layers_of(a_weight(), bias=torch.zeros(39)))
+
+
+def test_groups_under_autocast_go_the_long_way(groups_the_long_way):
+    x, layers = an_x(3, 64, dtype=torch.float32), layers_of(a_weight(), a_weight())
+    ops.linear_group(x, layers)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ys = ops.linear_group(x, layers)
+    assert len(groups_the_long_way) == 2 and ys[0].dtype == torch.bfloat16

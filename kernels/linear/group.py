@@ -13,7 +13,7 @@ from tilewright import choose
 from tilewright.direct import may_go_direct
 from tilewright.ops.common.packed import PackedWeight
 from tilewright.ops.common.sparse_delta import WeightDelta
-from tilewright.ops.linear import api, op
+from tilewright.ops.linear import api, op, prepared
 from tilewright.ops.linear.problem import Operands, Problem
 
 NAME = "linear_group"
@@ -72,6 +72,11 @@ def linear_group(
 
     Source: Hu et al., LoRA, arXiv 2106.09685; Dettmers et al., QLoRA, arXiv 2305.14314.
     """
+    plain = _plain(layers) if impl == "auto" else None
+    if plain is not None:
+        ready = prepared.call_together(x, plain)
+        if ready is not None:
+            return ready
     x2, described = _described(x, layers)
     if _go_together(x2, described, impl):
         results = _call_together(x2, described)
@@ -81,7 +86,25 @@ def linear_group(
             api.call_described(x2 if x.dtype == p.dtype else _in_rows(x.to(p.dtype)), o, p, impl)
             for o, p in described
         )
+    if plain is not None and x.is_cpu and may_go_direct(x, *[w.codes for w, _ in plain]):
+        for weight, _ in plain:
+            prepared.remember(weight, x2.dtype, False)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in results)
+
+
+def _plain(layers) -> list[tuple[PackedWeight, torch.Tensor | None]] | None:
+    """Weights and biases, where all are packed and there is nothing beside them."""
+    found = []
+    for i in layers:
+        if not isinstance(i, LinearLayer) or type(i.weight) is not PackedWeight:
+            return None
+        for t in (i.out_scale, i.down, i.up, i.dropout_seed, i.delta):
+            if t is not None:
+                return None
+        if i.scale != 1.0 or i.activation != "none" or i.dropout_p or i.int8_activations:
+            return None
+        found.append((i.weight, i.bias))
+    return found or None
 
 
 def _described(x, layers) -> tuple[torch.Tensor, list[tuple[Operands, Problem]]]:

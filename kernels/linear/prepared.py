@@ -9,6 +9,7 @@ goes the way of all other calls.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -80,20 +81,10 @@ def call(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, int8_activations: bool
 ) -> torch.Tensor | None:
     """y (..., O), or None where the call is not a plain one or nothing is prepared for it."""
-    if not (may_go_direct(x, bias) and x.is_cpu and x.numel() and x.dim()):
+    if not _serves(x):
         return None
-    if settings.forced_impl() is not None or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return None
-    if not x.is_contiguous() or x.is_neg() or x.shape[-1] != weight.in_features:
-        return None
-    if bias is not None and not (
-        bias.is_cpu and bias.dtype in cpp_cpu.NAMES and bias.shape == (weight.out_features,)
-    ):
-        return None
-    prepared = _calls_of(weight).get((x.dtype, int8_activations))
-    if prepared is None or not prepared.is_current():
+    prepared = _ready(x, weight, bias, int8_activations)
+    if prepared is None:
         return None
     y = x.new_empty(*x.shape[:-1], weight.out_features)
     bias = cpp_cpu.floats(bias)
@@ -102,3 +93,47 @@ def call(
         0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def call_together(
+    x: torch.Tensor, layers: Sequence[tuple[PackedWeight, torch.Tensor | None]]
+) -> tuple[torch.Tensor, ...] | None:
+    """The same for several weights, each with its bias, over one x."""
+    if len(layers) > cpp_cpu.MOST_LAYERS or not _serves(x):
+        return None
+    natives, biases = [], []
+    for weight, bias in layers:
+        prepared = _ready(x, weight, bias, False)
+        if prepared is None:
+            return None
+        natives.append(prepared.native)
+        biases.append(cpp_cpu.floats(bias))
+    ys = [x.new_empty(*x.shape[:-1], weight.out_features) for weight, _ in layers]
+    native().linear_prepared(
+        natives, x.data_ptr(), x.numel() // x.shape[-1], [y.data_ptr() for y in ys],
+        [0 if b is None else b.data_ptr() for b in biases], torch.get_num_threads(),
+    )  # fmt: skip
+    return tuple(ys)
+
+
+def _serves(x: torch.Tensor) -> bool:
+    return (
+        may_go_direct(x) and x.is_cpu and bool(x.numel()) and x.dim() > 0
+        and x.is_contiguous() and not x.is_neg()
+        and settings.forced_impl() is None and not torch.is_autocast_enabled("cpu")
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )  # fmt: skip
+
+
+def _ready(x, weight: PackedWeight, bias, int8_activations: bool) -> _Prepared | None:
+    """What is prepared for this weight, if the call with it is a plain one."""
+    if x.shape[-1] != weight.in_features:
+        return None
+    if bias is not None and not (
+        type(bias) in (torch.Tensor, torch.nn.Parameter) and bias.is_cpu
+        and bias.dtype in cpp_cpu.NAMES and bias.shape == (weight.out_features,)
+        and not (bias.requires_grad and torch.is_grad_enabled())
+    ):  # fmt: skip
+        return None
+    prepared = _calls_of(weight).get((x.dtype, int8_activations))
+    return prepared if prepared is not None and prepared.is_current() else None
