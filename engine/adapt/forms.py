@@ -67,6 +67,12 @@ def why_not_here(site) -> str | None:
     return None
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything would see, or change, a call of this module that we leave out."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+
+
 # --- classes that add nothing but a forward ---
 
 

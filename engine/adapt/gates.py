@@ -16,6 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 from tilewright.adapt import undo
 from tilewright.adapt.forms import DTYPES, FEW, PLAIN, derived, is_like, why_not_here
 from tilewright.adapt.table import Replacement, Request, Site
+from tilewright.adapt.together import project
 from tilewright.ops import geglu, swiglu
 
 
@@ -24,7 +25,7 @@ class SplitForm:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer: Any = self
-        gate, up = layer.gate_proj(x), layer.up_proj(x)
+        gate, up = project(x, layer.gate_proj, layer.up_proj)
         return layer.down_proj(gated(layer.act_fn, gate, up))
 
 

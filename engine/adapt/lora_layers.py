@@ -15,7 +15,8 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from tilewright.ops import PackedWeight, lora_linear, read_bitsandbytes
+from tilewright.adapt.forms import is_hooked
+from tilewright.ops import LinearLayer, PackedWeight, lora_linear, read_bitsandbytes
 from tilewright.quantized import QuantizedLinear
 
 PACKED = "_tilewright_packed"  # of a layer over bitsandbytes: its weight and what we read from it
@@ -27,18 +28,13 @@ class FusedLora:
     """The forward, for calls that `why_stock` has nothing against; others run PEFT's own."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layer: Any = self
-        if args or kwargs or why_stock(layer) is not None:
+        call = None if args or kwargs else layer_of(self, x)
+        if call is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        weight, bias = base_weight(layer)
-        if not _takes(x, weight, layer):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        (adapter,) = layer.active_adapters
-        dropout = layer.lora_dropout[adapter]
+        assert call.down is not None and call.up is not None
         return lora_linear(
-            x, weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight,
-            scale=layer.scaling[adapter], bias=bias,
-            dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+            x, call.weight, call.down, call.up, scale=call.scale, bias=call.bias,
+            dropout_p=call.dropout_p,
         )  # fmt: skip
 
 
@@ -96,7 +92,7 @@ def why_stock(layer: Any) -> str | None:
         return "its adapter has a bias (lora_bias)"
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     for what, inner in (("base", layer.base_layer), ("A", down), ("B", up), ("dropout", dropout)):
-        if _is_hooked(inner):
+        if is_hooked(inner):
             return f"there are hooks on its {what} layer"
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"its A and B are {type(down).__name__} and {type(up).__name__}, not nn.Linear"
@@ -114,6 +110,23 @@ def why_stock(layer: Any) -> str | None:
     elif type(base) is nn.Linear and type(base.weight) not in PLAIN:
         return f"its base weight is a {type(base.weight).__name__}, not a plain tensor"
     return None
+
+
+def layer_of(layer: Any, x: torch.Tensor) -> LinearLayer | None:
+    """The layer in its present state as our operators take it, or None where PEFT's own path
+    has to run."""
+    if why_stock(layer) is not None:
+        return None
+    weight, bias = base_weight(layer)
+    if not _takes(x, weight, layer):
+        return None
+    (adapter,) = layer.active_adapters
+    dropout = layer.lora_dropout[adapter]
+    return LinearLayer(
+        weight, bias, down=layer.lora_A[adapter].weight, up=layer.lora_B[adapter].weight,
+        scale=layer.scaling[adapter],
+        dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+    )  # fmt: skip
 
 
 def note(layer: Any) -> str:
@@ -161,9 +174,3 @@ def _takes(x: torch.Tensor, weight: torch.Tensor | PackedWeight, layer: Any) -> 
 def _is_bitsandbytes(base: nn.Module) -> bool:
     bitsandbytes = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and type(base) is bitsandbytes.nn.Linear4bit
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether anything would see, or change, a call of this module that we leave out."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
