@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from tilewright.adapt.report import Replaced, Report, Skipped
+from tilewright.adapt.together import take_ready
 from tilewright.ops import (
     FP4,
     FP8,
@@ -170,7 +171,8 @@ class QuantizedLinear(nn.Linear):
         return DecodedWeight(self.packed, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return quantized_linear(x, self.packed, self.bias)
+        ready = take_ready(self, x)
+        return quantized_linear(x, self.packed, self.bias) if ready is None else ready
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format}, group_size={self.packed.group_size}"

@@ -56,7 +56,9 @@ def accelerate(
                         already, get requires_grad; call it after get_peft_model
 
     Attention, PEFT's LoRA layers, rotary positions, RMSNorm and LayerNorm, and the gates of gated
-    layers are replaced. A norm, gate or rotary function is known by its source; on a CPU
+    layers are replaced. On a CPU q, k and v, or gate and up, that are all LoRA or packed layers of
+    ours become one call, which changes no result; a projection that is hooked is called by itself.
+    A norm, gate, rotary function or attention layer is known by its source; on a CPU
     LayerNorm in float32, and short calls of it and of gates, where torch is as quick, stay torch's.
 
     Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the

@@ -1,6 +1,6 @@
 """All entries of the table, in the order in which they are applied."""
 
-from tilewright.adapt import attention, experts, gates, lora, norms, rotary
+from tilewright.adapt import attention, experts, gates, lora, norms, projections, rotary
 from tilewright.adapt.table import Replacement
 
 TABLE: tuple[Replacement, ...] = (
@@ -8,6 +8,7 @@ TABLE: tuple[Replacement, ...] = (
     experts.REPLACEMENT,
     lora.REPLACEMENT,
     rotary.REPLACEMENT,
+    projections.REPLACEMENT,  # over rotary's subclass
     norms.RMS,
     norms.LAYER,
     gates.SILU,

@@ -7,6 +7,7 @@ or Phi, under names of its own. What has the source of one of these computes the
 from __future__ import annotations
 
 import ast
+import copyreg
 import functools
 import inspect
 import textwrap
@@ -76,6 +77,12 @@ def is_hooked(module: nn.Module) -> bool:
 # --- classes that add nothing but a forward ---
 
 
+class Made(type):
+    """The type of classes that were made here, which are pickled by how they are made again."""
+
+    _tilewright_recipe: tuple[Callable, tuple]
+
+
 class Renewed:
     """A module whose class was made here: copied and pickled by how the class is made again."""
 
@@ -86,6 +93,13 @@ class Renewed:
         return (_renew, self._tilewright_recipe, *made[2:])
 
 
+def _make(factory: Callable, arguments: tuple) -> Made:
+    return factory(*arguments)
+
+
+copyreg.pickle(Made, lambda cls: (_make, cls._tilewright_recipe))
+
+
 def _renew(factory: Callable, arguments: tuple):
     cls = factory(*arguments)
     return cls.__new__(cls)
@@ -94,8 +108,9 @@ def _renew(factory: Callable, arguments: tuple):
 def derived(base: type, recipe: tuple[Callable, tuple], *mixins: type, **attributes) -> type:
     """A subclass of `base` with its name, which some code of transformers goes by."""
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(
+    kind = Made if type(base) is type else type(base)
+    return kind(
         base.__name__,
-        (Renewed, *mixins, base),
+        (*mixins, base) if issubclass(base, Renewed) else (Renewed, *mixins, base),
         {"_tilewright_recipe": recipe, **named} | attributes,
     )

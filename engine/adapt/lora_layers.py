@@ -16,6 +16,7 @@ from peft.tuners import lora
 from torch import nn
 
 from tilewright.adapt.forms import is_hooked
+from tilewright.adapt.together import take_ready
 from tilewright.ops import LinearLayer, PackedWeight, lora_linear, read_bitsandbytes
 from tilewright.quantized import QuantizedLinear
 
@@ -28,6 +29,9 @@ class FusedLora:
     """The forward, for calls that `why_stock` has nothing against; others run PEFT's own."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ready = take_ready(self, x)  # type: ignore[arg-type]
+        if ready is not None:
+            return ready
         call = None if args or kwargs else layer_of(self, x)
         if call is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
