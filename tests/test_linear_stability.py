@@ -206,6 +206,7 @@ def test_what_fresh_memory_held_does_not_matter(impl, monkeypatch, case):
 HEAP_SCRIPT = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])
+from linear_group_inputs import GROUPS, make_group, results as of_group, together
 from linear_inputs import DTYPES, make_inputs, with_gradients
 from test_linear_stability import CASES
 from tilewright import ops
@@ -218,6 +219,11 @@ for case in CASES.values():
             make_inputs(case, dtype))
         for name, t in results.items():
             if name != "weight":
+                digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+for group in GROUPS.values():
+    for tokens in (3, 40):
+        for name, t in of_group(together, make_group(group, tokens, torch.bfloat16)).items():
+            if "weight" not in name:
                 digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -57,7 +57,7 @@ def accelerate(
 
     Attention, PEFT's LoRA layers, rotary positions, RMSNorm and LayerNorm, and the gates of gated
     layers are replaced. On a CPU q, k and v, or gate and up, that are all LoRA or packed layers of
-    ours become one call, which changes no result; a projection that is hooked is called by itself.
+    ours become one call, which keeps the bits of their outputs; one with hooks stays by itself.
     A norm, gate, rotary function or attention layer is known by its source; on a CPU
     LayerNorm in float32, and short calls of it and of gates, where torch is as quick, stay torch's.
 
