@@ -101,7 +101,10 @@ def _plain(layers) -> list[tuple[PackedWeight, torch.Tensor | None]] | None:
         for t in (i.out_scale, i.down, i.up, i.dropout_seed, i.delta):
             if t is not None:
                 return None
-        if i.scale != 1.0 or i.activation != "none" or i.dropout_p or i.int8_activations:
+        # a scale is nobody's without an update, but has to be a number all the same
+        if not abs(i.scale) < math.inf or i.activation != "none" or i.dropout_p:
+            return None
+        if i.int8_activations:
             return None
         found.append((i.weight, i.bias))
     return found or None
