@@ -131,6 +131,48 @@ def load_loss(
     return _cv_squared((weights[:, None] * likely).sum(0))
 
 
+def mutual_information_loss(
+    scores: torch.Tensor,
+    tasks: torch.Tensor,
+    n_tasks: int,
+    *,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How little a token's task says about its expert: minus their mutual information.
+
+        -sum_ne p[n, e] log(p[n, e] / (p[n] p[e])),  p[n, e] = 1 / T sum of scores[t, e] over
+                                                      the tokens t of task n
+
+    scores    (T, E) softmax of all logits, as in a Route
+    tasks     (T,) int32 or int64, 0 to n_tasks - 1: the task or domain of each token; tokens with
+              others do not count
+    n_tasks   N
+    mask      (T,) bool or numbers: tokens that do not count are False or 0
+
+    Returns a float32 number in nats: 0 if all tasks use the experts alike or there are no tokens,
+    minus log(N) if N tasks of equal size share no expert.
+    ValueError: a shape or dtype outside the above.
+
+    Source: Chen et al., Mod-Squad, arXiv 2212.08066.
+    """
+    name = "mutual_information_loss"
+    expect_shapes(name, scores=(scores, "TE"), tasks=(tasks, "T"))
+    expect_device(name, scores=scores, tasks=tasks, mask=mask)
+    if tasks.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: tasks is {tasks.dtype}, need int32 or int64")
+    if n_tasks < 1:
+        raise ValueError(f"{name}: n_tasks is {n_tasks}, need at least 1")
+    weights, _ = _weights(name, scores, mask)
+    weights = weights.masked_fill((tasks < 0) | (tasks >= n_tasks), 0.0)
+    at = tasks.long().clamp(0, n_tasks - 1)
+    sums = weights.new_zeros(n_tasks, scores.shape[1])
+    joint = sums.index_add(0, at, weights[:, None] * scores.float()) / weights.sum().clamp(min=1.0)
+    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    # a task without tokens, or an expert without scores, adds 0, and its gradient is finite
+    ratio = (joint / apart.clamp(min=1e-20)).clamp(min=1e-20)
+    return -(joint * ratio.log()).sum()
+
+
 def _weights(name: str, per_token: torch.Tensor, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """(T,) float32 weights of the tokens, and their sum, at least a tiny number."""
     n_tokens = per_token.shape[0]

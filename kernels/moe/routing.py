@@ -33,15 +33,15 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return _wide(x) @ _wide(weight).T
+        return as_wide(x) @ as_wide(weight).T
 
     @staticmethod
     def backward(ctx, d):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
         return (
-            (d @ _wide(weight)).to(x.dtype) if needs_x else None,
-            (d.T @ _wide(x)).to(weight.dtype) if needs_weight else None,
+            (d @ as_wide(weight)).to(x.dtype) if needs_x else None,
+            (d.T @ as_wide(x)).to(weight.dtype) if needs_weight else None,
         )
 
 
@@ -62,14 +62,14 @@ def router_logits(
     Source: Fedus et al., Switch Transformers, arXiv 2101.03961, section 2.4.
     """
     name = "router_logits"
-    _expect_float(name, x=x, weight=weight)
+    expect_float(name, x=x, weight=weight)
     expect_shapes(name, x=(x, "TH"), weight=(weight, "EH"))
     expect_device(name, x=x, weight=weight, bias=bias)
     logits = _Logits.apply(x, weight)
     if bias is None:
         return logits
     expect_shapes(name, weight=(weight, "EH"), bias=(bias, "E"))
-    return logits + _wide(bias)
+    return logits + as_wide(bias)
 
 
 def route_tokens(
@@ -116,11 +116,11 @@ def route_tokens(
     DeepSeek-AI, DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
     """
     name = "route_tokens"
-    _expect_float(name, logits=logits)
+    expect_float(name, logits=logits)
     size = expect_shapes(name, logits=(logits, "TE"))
     n_experts = size["E"]
     _check_choice(name, n_experts, top_k, score, n_groups, kept_groups, capacity, capacity_order)
-    wide = _wide(logits)
+    wide = as_wide(logits)
     scores = wide.sigmoid() if score == "sigmoid" else wide.softmax(-1)
     if ids is None:
         with torch.no_grad():
@@ -168,12 +168,12 @@ def choose_tokens(logits: torch.Tensor, capacity: int) -> Route:
     Source: Zhou et al., Mixture-of-Experts with Expert Choice Routing, arXiv 2202.09368.
     """
     name = "choose_tokens"
-    _expect_float(name, logits=logits)
+    expect_float(name, logits=logits)
     size = expect_shapes(name, logits=(logits, "TE"))
     n_tokens, n_experts = size["T"], size["E"]
     if not 0 <= capacity <= n_tokens:
         raise ValueError(f"{name}: capacity is {capacity}, need 0 to {n_tokens}: T as in logits")
-    scores = _wide(logits).softmax(-1)
+    scores = as_wide(logits).softmax(-1)
     taken = torch.zeros_like(scores, dtype=torch.bool)
     taken.scatter_(0, best(scores.detach().T, capacity).T, True)
     experts = torch.arange(n_experts, device=logits.device).expand(n_tokens, n_experts)
@@ -256,11 +256,11 @@ def _in_best_groups(by: torch.Tensor, n_groups: int, kept_groups: int) -> torch.
     return grouped.masked_fill(~kept[..., None], float("-inf")).view_as(by)
 
 
-def _wide(t: torch.Tensor) -> torch.Tensor:
+def as_wide(t: torch.Tensor) -> torch.Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _expect_float(name: str, **tensors: torch.Tensor) -> None:
+def expect_float(name: str, **tensors: torch.Tensor) -> None:
     for argument, t in tensors.items():
         if t.dtype not in FLOATS:
             raise ValueError(
