@@ -32,11 +32,11 @@ tw::ExpertWeight weight_of(const py::tuple& t, int64_t n_in, bool is_packed) {
 }
 
 // dtype, (T, K, E, H, I), (activation, alpha, limit, interleaved, transposed, scale_input), x, gates, order,
-// starts, up, down, is_packed, up_bias, down_bias, z, threads
+// starts, up, down, is_packed, up_bias, down_bias, z_update, z, threads
 tw::MoeCall call_of(const std::string& dtype, const py::tuple& extents, const py::tuple& rule,
                     const py::tuple& x, int64_t gates, int64_t order, int64_t starts, const py::tuple& up,
-                    const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias, int64_t z,
-                    int threads) {
+                    const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias,
+                    int64_t z_update, int64_t z, int threads) {
   tw::MoeCall call = {};
   call.dtype = dtype_of("moe_mlp", dtype);
   call.tokens = extents[0].cast<int64_t>();
@@ -61,6 +61,7 @@ tw::MoeCall call_of(const std::string& dtype, const py::tuple& extents, const py
   call.down = weight_of(down, call.width, is_packed);
   call.up_bias = reinterpret_cast<const float*>(up_bias);
   call.down_bias = reinterpret_cast<const float*>(down_bias);
+  call.z_update = reinterpret_cast<const void*>(z_update);
   call.z = reinterpret_cast<void*>(z);
   call.threads = threads;
   // what order and starts say is followed without looking
@@ -82,23 +83,24 @@ void expect_memory(bool had) {
 
 void forward(const py::tuple& y, const std::string& dtype, const py::tuple& extents, const py::tuple& rule,
              const py::tuple& x, int64_t gates, int64_t order, int64_t starts, const py::tuple& up,
-             const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias, int64_t z,
-             int threads) {
+             const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias, int64_t z_update,
+             int64_t z, int threads) {
   tw::MoeCall call = call_of(dtype, extents, rule, x, gates, order, starts, up, down, is_packed, up_bias,
-                             down_bias, z, threads);
+                             down_bias, z_update, z, threads);
   call.y = rows_of(y);
   py::gil_scoped_release release;
   expect_memory(tw::moe_forward(call));
 }
 
-// gradients: dgates, dup, ddown, dup_bias, ddown_bias, 0 where not wanted
-void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradients, const std::string& dtype,
-              const py::tuple& extents, const py::tuple& rule, const py::tuple& x, int64_t gates,
-              int64_t order, int64_t starts, const py::tuple& up, const py::tuple& down, bool is_packed,
-              int64_t up_bias, int64_t down_bias, int64_t z, int threads) {
+// gradients: dgates, dup, ddown, dup_bias, ddown_bias, 0 where not wanted; da_update and dz may be 0
+void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradients, int64_t da_update,
+              int64_t dz, const std::string& dtype, const py::tuple& extents, const py::tuple& rule,
+              const py::tuple& x, int64_t gates, int64_t order, int64_t starts, const py::tuple& up,
+              const py::tuple& down, bool is_packed, int64_t up_bias, int64_t down_bias, int64_t z_update,
+              int64_t z, int threads) {
   tw::MoeBackwardCall call = {};
   call.forward = call_of(dtype, extents, rule, x, gates, order, starts, up, down, is_packed, up_bias,
-                         down_bias, z, threads);
+                         down_bias, z_update, z, threads);
   call.dy = rows_of(dy);
   call.dx = rows_of(dx);
   call.dgates = pointer<float>(gradients[0]);
@@ -106,6 +108,8 @@ void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradien
   call.ddown = pointer<void>(gradients[2]);
   call.dup_bias = pointer<float>(gradients[3]);
   call.ddown_bias = pointer<float>(gradients[4]);
+  call.da_update = reinterpret_cast<const void*>(da_update);
+  call.dz = reinterpret_cast<void*>(dz);
   py::gil_scoped_release release;
   expect_memory(tw::moe_backward(call));
 }

@@ -97,7 +97,20 @@ def make_inputs(case: Case, dtype) -> dict:
     return inputs
 
 
-def loop(x, ids, gates, gate_up, down, gate_up_bias=None, down_bias=None, *, case: Case):
+def low_rank(row, lora, e, experts):
+    """scale B (A row) of expert e; 0 without an update. lora as moe_mlp takes it, flat."""
+    if lora is None:
+        return 0
+    a, b, scale = lora
+    a = (a if a.dim() == 3 else a.unflatten(0, (experts, -1)))[e].to(row.dtype)
+    b = b[e] if b.dim() == 3 else b.unflatten(1, (-1, experts))[:, :, e]
+    return scale * F.linear(F.linear(row, a), b.to(row.dtype))
+
+
+def loop(
+    x, ids, gates, gate_up, down, gate_up_bias=None, down_bias=None, gate_up_lora=None,
+    down_lora=None, *, case: Case,
+):  # fmt: skip
     """Expert by expert in the dtype of x, as models write it out."""
     if case.transposed:
         gate_up, down = gate_up.mT, down.mT
@@ -109,6 +122,7 @@ def loop(x, ids, gates, gate_up, down, gate_up_bias=None, down_bias=None, *, cas
         if case.scale_input:
             row = (row * gate).to(x.dtype)
         z = F.linear(row, gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+        z = z + low_rank(row, gate_up_lora, e, case.experts)
         gate_z, up = (z[:, 0::2], z[:, 1::2]) if case.interleaved else z.chunk(2, dim=1)
         if case.activation == "swiglu":
             a = F.silu(gate_z) * up
@@ -120,6 +134,7 @@ def loop(x, ids, gates, gate_up, down, gate_up_bias=None, down_bias=None, *, cas
             gate_z, up = gate_z.clamp(max=1.5), up.clamp(-1.5, 1.5)
             a = gate_z * torch.sigmoid(1.702 * gate_z) * (up + 1)
         out = F.linear(a, down[e], None if down_bias is None else down_bias[e])
+        out = out + low_rank(a, down_lora, e, case.experts)
         y = y.index_add(0, token, (out if case.scale_input else out * gate).to(x.dtype))
     return y
 

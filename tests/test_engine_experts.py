@@ -3,9 +3,11 @@
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers as hf
+from peft.tuners.lora.layer import ParamWrapper
 from tiny_models import _DECODER, LENGTH, VOCABULARY
 from yardstick import rms
 
@@ -180,24 +182,66 @@ def test_autocast_and_gradient_checkpointing():
     assert abs(losses[0] - losses[1]) < 0.02
 
 
-def test_lora_on_experts_by_peft():
-    from peft import LoraConfig, get_peft_model
+# --- PEFT's LoRA on the experts' weights ---
 
-    config = LoraConfig(
+
+def with_lora(name, targets=("gate_up_proj", "down_proj"), dtype=torch.float32):
+    config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=[], init_lora_weights=False,
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_parameters=[f"mlp.experts.{t}" for t in targets],
     )  # fmt: skip
-    results = []
-    for accelerated in (False, True):
-        torch.manual_seed(3)
-        model = get_peft_model(build("mixtral"), config)
-        if accelerated:
-            report = tilewright.accelerate(model)
-            assert [r.kind for r in report.replaced].count("experts") == 2
-        results.append(step(model))
-    (loss, grads), (got, found) = results
+    torch.manual_seed(3)
+    return peft.get_peft_model(build(name, dtype), config)
+
+
+@pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("down_proj",)], ids=len)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_lora_on_experts_by_peft(name, targets, monkeypatch):
+    """Loss and gradients are PEFT's, and its folded weights are never made."""
+    loss, grads = step(with_lora(name, targets))
+    model = with_lora(name, targets)
+    report = tilewright.accelerate(model)
+    assert [r.kind for r in report.replaced].count("experts") == 2
+    now = [r.now for r in report.replaced if r.kind == "lora"]
+    assert now == ["moe_mlp"] * 2 * len(targets)
+    for folded in ("get_delta_factors", "get_delta_weight"):
+        monkeypatch.setattr(ParamWrapper, folded, lambda *_: pytest.fail("folded"))
+    got, found = step(model)
     assert abs(loss - got) < 2e-6 and grads.keys() == found.keys() and grads
     assert all(rms(found[n] - g) <= 1e-4 * rms(g) + 1e-8 for n, g in grads.items())
+
+
+def test_states_in_which_the_update_is_peft_s():
+    """Disabled, merged, another implementation of experts, a dtype without a kernel, restored."""
+    stock, ours = with_lora("mixtral"), with_lora("mixtral")
+    tilewright.accelerate(ours)
+
+    def agree(change=None):
+        logits = []
+        for model in (stock, ours):
+            if change is not None:
+                change(model)
+            with torch.no_grad():
+                logits.append(model(input_ids=words()).logits)
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        return logits[0]
+
+    adapted = agree()
+    with stock.disable_adapter(), ours.disable_adapter():
+        assert (agree() - adapted).abs().max() > 0.01
+    agree(lambda m: m.merge_adapter())
+    agree(lambda m: m.unmerge_adapter())
+    agree(lambda m: m.base_model.model.set_experts_implementation("eager"))
+    ours.base_model.model.set_experts_implementation("tilewright")
+    stock.double()
+    ours.double()
+    with pytest.warns(UserWarning, match="runs transformers' own experts"):
+        agree()
+    stock.float()
+    ours.float()
+    tilewright.restore(ours)
+    assert {type(m) for m in ours.modules() if isinstance(m, ParamWrapper)} == {ParamWrapper}
+    assert (agree() - adapted).abs().max() < 1e-4
 
 
 def test_a_compiled_model_gives_the_same_logits():

@@ -50,8 +50,8 @@ def test_opcheck_of_the_backward(case, only):
     p, x, ids, gates, o, dy = described(case, False)
     rest = (*o, *op.rest(p, "auto"))
     _, *saved = torch.ops.tilewright.moe_mlp(x, ids, gates, True, *rest)
-    has = [t is not None for t in (x, gates, *o[:4])]
-    wants = has if only is None else [i == only for i in range(6)]
+    has = [t is not None for t in (x, gates, *o[: op.TRAINABLE])]
+    wants = has if only is None else [i == only for i in range(2 + op.TRAINABLE)]
     args = (dy, x, gates, *saved, wants, *rest)
     torch.library.opcheck(torch.ops.tilewright.moe_mlp_backward.default, args)
     found = torch.ops.tilewright.moe_mlp_backward(*args)

@@ -50,15 +50,21 @@ struct Backward {
     for (int r = 0; r < n_rows; ++r) {
       const T* z = static_cast<const T*>(f.z) + (row + r) * 2 * f.width;
       const vf by = set1(f.scale_input ? 1.0f : gate_of(f, row + r));
+      const T* update = static_cast<const T*>(call.da_update);
+      if (update) update += (row + r) * f.width + i0;
+      T* to = static_cast<T*>(call.dz);
+      if (to) to += (row + r) * 2 * f.width;
       vf dot = zero();
       for (int64_t n = 0; n < lanes; n += W) {
         const int some = static_cast<int>(least(W, lanes - n));
         const GateAndUp pair = load_pair(z, i0 + n, f.width, some, f.interleaved);
         const Gated v = gated<GATE>(pair.gate, pair.up, f.alpha, f.limit);
-        const vf da = load_n(sums + r * kSumsRow + n, some), scaled = mul(da, by);
+        vf da = load_n(sums + r * kSumsRow + n, some);
+        if (update) da = add(da, load_n(update + n, some));
+        const vf scaled = mul(da, by), by_gate = mul(scaled, v.by_gate), by_up = mul(scaled, v.by_up);
         dot = fma(da, v.a, dot);
-        store_pair(dz.at(at + r), i0 + n, f.width, some, f.interleaved, mul(scaled, v.by_gate),
-                   mul(scaled, v.by_up));
+        store_pair(dz.at(at + r), i0 + n, f.width, some, f.interleaved, by_gate, by_up);
+        if (to) store_pair(to, i0 + n, f.width, some, f.interleaved, by_gate, by_up);
         if (a.data) store_n(a.at(row + r) + i0 + n, mul(v.a, by), some);
       }
       if (i0 + lanes == f.width) dz.pad(at + r);

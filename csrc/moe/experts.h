@@ -44,6 +44,10 @@ inline int64_t end_of_pass(const Group* groups, int64_t n, int64_t from, int64_t
 
 inline int64_t token_of(const MoeCall& call, int64_t row) { return call.order[row] / call.slots; }
 inline float gate_of(const MoeCall& call, int64_t row) { return call.gates[call.order[row]]; }
+template <class T>
+inline const T* update_of(const MoeCall& call, int64_t row) {
+  return call.z_update ? static_cast<const T*>(call.z_update) + row * 2 * call.width : nullptr;
+}
 
 // --- left sides: rows that are `row` elements apart, zeros from their depth up to what products read ---
 

@@ -38,12 +38,17 @@ struct Forward {
     const float* bias = call.up_bias ? call.up_bias + e * 2 * call.width : nullptr;
     for (int r = 0; r < rows; ++r) {
       T* z = call.z ? static_cast<T*>(call.z) + (row + r) * 2 * call.width : nullptr;
+      const T* update = update_of<T>(call, row + r);
       for (int64_t n = 0; n < lanes; n += W) {
         const int some = static_cast<int>(least(W, lanes - n));
         GateAndUp pair = load_pair(sums + r * kSumsRow, n, kHalf, some, call.interleaved);
         if (bias) {
           const GateAndUp b = load_pair(bias, i0 + n, call.width, some, call.interleaved);
           pair = {add(pair.gate, b.gate), add(pair.up, b.up)};
+        }
+        if (update) {
+          const GateAndUp u = load_pair(update, i0 + n, call.width, some, call.interleaved);
+          pair = {add(pair.gate, u.gate), add(pair.up, u.up)};
         }
         if (z) store_pair(z, i0 + n, call.width, some, call.interleaved, pair.gate, pair.up);
         store_n(a.at(of_pass + r) + i0 + n, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);

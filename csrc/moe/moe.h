@@ -37,17 +37,20 @@ struct MoeCall {
   ExpertWeight up, down;   // (E, 2 I, H), (E, H, I)
   const float* up_bias;    // (E, 2 I), or nullptr
   const float* down_bias;  // (E, H), or nullptr
+  const void* z_update;    // (rows, 2 I), added before the activation, or nullptr
   void* z;                 // (rows, 2 I): what the activation is applied to; nullptr where not kept
   int threads;
 };
 
 // Gradients; each pointer is nullptr where its gradient is not wanted.
 struct MoeBackwardCall {
-  MoeCall forward;    // y is not read, z is
-  Rows dy;            // (T, H)
-  Rows dx;            // (T, H)
-  float* dgates;      // (T, K)
-  void *dup, *ddown;  // contiguous, in the shape of the weights
+  MoeCall forward;        // y is not read, z is
+  Rows dy;                // (T, H)
+  const void* da_update;  // (rows, I), added to W2^T dy, or nullptr
+  void* dz;               // (rows, 2 I): the gradient of z
+  Rows dx;                // (T, H)
+  float* dgates;          // (T, K)
+  void *dup, *ddown;      // contiguous, in the shape of the weights
   float *dup_bias, *ddown_bias;
 };
 

@@ -196,12 +196,17 @@ template <class T, class C, Gate GATE>
 inline void gate_row(const MoeCall& call, const float* sums, int64_t e, int64_t row, const Between<C>& a) {
   const float* bias = call.up_bias ? call.up_bias + e * 2 * call.width : nullptr;
   T* z = call.z ? static_cast<T*>(call.z) + row * 2 * call.width : nullptr;
+  const T* update = update_of<T>(call, row);
   for (int64_t i = 0; i < call.width; i += W) {
     const int some = static_cast<int>(least(W, call.width - i));
     GateAndUp pair = load_pair(sums, i, call.width, some, call.interleaved);
     if (bias) {
       const GateAndUp b = load_pair(bias, i, call.width, some, call.interleaved);
       pair = {add(pair.gate, b.gate), add(pair.up, b.up)};
+    }
+    if (update) {
+      const GateAndUp u = load_pair(update, i, call.width, some, call.interleaved);
+      pair = {add(pair.gate, u.gate), add(pair.up, u.up)};
     }
     if (z) store_pair(z, i, call.width, some, call.interleaved, pair.gate, pair.up);
     store_n(a.at(row) + i, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);

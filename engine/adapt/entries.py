@@ -1,11 +1,21 @@
 """All entries of the table, in the order in which they are applied."""
 
-from tilewright.adapt import attention, experts, gates, lora, norms, projections, rotary
+from tilewright.adapt import (
+    attention,
+    experts,
+    experts_lora,
+    gates,
+    lora,
+    norms,
+    projections,
+    rotary,
+)
 from tilewright.adapt.table import Replacement
 
 TABLE: tuple[Replacement, ...] = (
     attention.REPLACEMENT,
     experts.REPLACEMENT,
+    experts_lora.REPLACEMENT,
     lora.REPLACEMENT,
     rotary.REPLACEMENT,
     projections.REPLACEMENT,  # over rotary's subclass

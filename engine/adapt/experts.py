@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +18,24 @@ from transformers.integrations.moe import ExpertsInterface
 
 from tilewright.adapt import undo
 from tilewright.adapt.table import Replacement, Request, Site
-from tilewright.ops import moe_mlp
+from tilewright.ops import ExpertsLora, moe_mlp
 
 NAME = "tilewright"
 SETTINGS = "_tilewright_experts"  # attribute of an accelerated experts module
+UPDATES = "_tilewright_updates"  # of one during a call: Update by the weight's name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (torch.Tensor, nn.Parameter)  # no DTensor, whose data_ptr() is not the whole weight
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+
+
+class Update(NamedTuple):
+    """A low-rank update of a weight, for the time of a call.
+
+    fold   a context in which the module's weight is the updated one
+    """
+
+    lora: ExpertsLora
+    fold: Callable[[], AbstractContextManager]
 
 
 @dataclass
@@ -59,14 +72,23 @@ def tilewright_experts(
         settings = ExpertsSettings(gate_rule(self) or {}, stays_stock=reason)
         setattr(self, SETTINGS, settings)
     reason = settings.stays_stock or _why_stock(self, hidden_states)
+    updates = vars(self).get(UPDATES, {})
     if reason is not None:
         _tell(self, settings, reason)
-        return _stock(self, settings)(self, hidden_states, top_k_index, top_k_weights)
+        with ExitStack() as folded:
+            for update in updates.values():
+                folded.enter_context(update.fold())
+            return _stock(self, settings)(self, hidden_states, top_k_index, top_k_weights)
+    loras = {
+        argument: updates[weight].lora
+        for argument, weight in (("gate_up_lora", "gate_up_proj"), ("down_lora", "down_proj"))
+        if weight in updates
+    }
     biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
     y = moe_mlp(
         hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj,
         gate_up_bias=biases[0], down_bias=biases[1], transposed=self.is_transposed,
-        **settings.rule,
+        **loras, **settings.rule,
     )  # fmt: skip
     return y.to(hidden_states.dtype)
 

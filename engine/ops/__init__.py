@@ -12,6 +12,7 @@ from tilewright.ops.linear import (
     sampled_product,
 )
 from tilewright.ops.moe import (
+    ExpertsLora,
     Route,
     add_router_noise,
     balance_loss,
@@ -19,6 +20,7 @@ from tilewright.ops.moe import (
     importance_loss,
     keep_local,
     load_loss,
+    lora_mixture,
     moe_mlp,
     mutual_information_loss,
     route_by_threshold,
@@ -75,6 +77,7 @@ __all__ = [
     "MXFP4",
     "NF4",
     "ErrorStatistics",
+    "ExpertsLora",
     "Int4",
     "Int8",
     "LinearLayer",
@@ -105,6 +108,7 @@ __all__ = [
     "load_loss",
     "load_packed",
     "lora_linear",
+    "lora_mixture",
     "merge_delta",
     "moe_mlp",
     "multi_lora_linear",

@@ -1,6 +1,6 @@
 """Mixture of experts: routing, the experts' MLPs, balancing; see README.md beside this."""
 
-from tilewright.ops.moe.api import moe_mlp
+from tilewright.ops.moe.api import ExpertsLora, moe_mlp
 from tilewright.ops.moe.losses import (
     balance_loss,
     importance_loss,
@@ -8,6 +8,7 @@ from tilewright.ops.moe.losses import (
     mutual_information_loss,
     router_z_loss,
 )
+from tilewright.ops.moe.mixture import lora_mixture
 from tilewright.ops.moe.routes import (
     add_router_noise,
     keep_local,
@@ -26,6 +27,7 @@ from tilewright.ops.moe.routing import (
 from tilewright.ops.moe.soft import soft_moe
 
 __all__ = [
+    "ExpertsLora",
     "Route",
     "add_router_noise",
     "balance_loss",
@@ -33,6 +35,7 @@ __all__ = [
     "importance_loss",
     "keep_local",
     "load_loss",
+    "lora_mixture",
     "moe_mlp",
     "mutual_information_loss",
     "route_by_threshold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,20 @@ ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
 NAME = "moe_mlp"
 
 
+class ExpertsLora(NamedTuple):
+    """A low-rank update of one weight of all experts: W[e] + scale b[e] a[e].
+
+    a       (E R, in) expert by expert, as PEFT's lora_A.weight for `target_parameters`; or
+            (E, R, in)
+    b       (out, R E) with the experts running fastest, as PEFT's lora_B.weight; or (E, out, R)
+    scale   alpha / R, already divided
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float = 1.0
+
+
 def moe_mlp(
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -27,6 +42,8 @@ def moe_mlp(
     *,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    gate_up_lora: ExpertsLora | None = None,
+    down_lora: ExpertsLora | None = None,
     activation: str = "swiglu",
     alpha: float = 1.702,
     limit: float = 7.0,
@@ -50,6 +67,9 @@ def moe_mlp(
     down           W2: (E, H, I) in x.dtype; or a PackedWeight of shape (E H, I), H a multiple of 16
     gate_up_bias   b1: (E, 2 I)
     down_bias      b2: (E, H)
+    gate_up_lora   ExpertsLora: W1[e] + scale b[e] a[e] takes the place of W1[e], and is not built;
+                   a (E R, H) and b (2 I, R E), or (E, R, H) and (E, 2 I, R), of any dtype below
+    down_lora      the same for W2, with I inputs and H outputs; the ranks may differ
     activation     "swiglu" (silu), "geglu" (gelu), "geglu_tanh" (gelu with tanh), or
                    "clamped_swiglu": gate sigmoid(alpha gate) (up + 1), the gate at most `limit`
                    and up between -limit and limit, as in GPT-OSS
@@ -74,15 +94,16 @@ def moe_mlp(
     """
     p, x2, ids2, gates2, o = _describe(
         x, ids, gates, gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias,
-        activation=activation, alpha=alpha, limit=limit, interleaved=interleaved,
-        transposed=transposed, scale_input=scale_input,
+        gate_up_lora=gate_up_lora, down_lora=down_lora, activation=activation, alpha=alpha,
+        limit=limit, interleaved=interleaved, transposed=transposed, scale_input=scale_input,
     )  # fmt: skip
     return op.call_moe_mlp(x2, ids2, gates2, o, p, impl).view(x.shape)
 
 
 def _describe(
-    x, ids, gates, gate_up, down, *, gate_up_bias=None, down_bias=None, activation="swiglu",
-    alpha=1.702, limit=7.0, interleaved=False, transposed=False, scale_input=False,
+    x, ids, gates, gate_up, down, *, gate_up_bias=None, down_bias=None, gate_up_lora=None,
+    down_lora=None, activation="swiglu", alpha=1.702, limit=7.0, interleaved=False,
+    transposed=False, scale_input=False,
 ):  # fmt: skip
     """Check everything, and return the problem record, x, ids, gates and the weights."""
     device = x.device.type
@@ -109,7 +130,15 @@ def _describe(
     features = x.shape[-1]
     x2, ids, gates = _check_route(x, ids, gates)
     experts, width = _check_weights(x2, gate_up, down, gate_up_bias, down_bias, transposed)
-    operands, up, of_down = Operands(gate_up_bias=gate_up_bias, down_bias=down_bias), (), ()
+    up_a, up_b, up_scale = _check_update(
+        x2, "gate_up_lora", gate_up_lora, experts, features, 2 * width
+    )
+    down_a, down_b, down_scale = _check_update(x2, "down_lora", down_lora, experts, width, features)
+    up, of_down = (), ()
+    operands = Operands(
+        gate_up_bias=gate_up_bias, down_bias=down_bias, up_a=up_a, up_b=up_b, down_a=down_a,
+        down_b=down_b,
+    )  # fmt: skip
     if isinstance(gate_up, PackedWeight):
         up = _packing(gate_up)
         operands = operands._replace(**_tensors("up_", gate_up))
@@ -124,7 +153,8 @@ def _describe(
         device=device, dtype=x.dtype, tokens=x2.shape[0], slots=ids.shape[1], experts=experts,
         features=features, width=width, activation=activation, alpha=float(alpha),
         limit=float(limit), interleaved=interleaved, transposed=transposed,
-        scale_input=scale_input, up=Packing(*up), down=Packing(*of_down),
+        scale_input=scale_input, up=Packing(*up), down=Packing(*of_down), up_scale=up_scale,
+        down_scale=down_scale,
     )  # fmt: skip
     return problem, x2, ids, gates, operands
 
@@ -212,6 +242,33 @@ def _check_packed(x, gate_up, down, gate_up_bias, down_bias) -> tuple[int, int]:
         )
     _check_biases(experts, width, features, gate_up_bias, down_bias)
     return experts, width
+
+
+def _check_update(x, name, update, experts, n_in, n_out):
+    """a (E, R, in), b (E, out, R) and the scale of an update; three times None without one."""
+    if update is None:
+        return None, None, None
+    a, b, scale = update
+    for argument, t in ((f"{name}.a", a), (f"{name}.b", b)):
+        if t.dtype not in DTYPES:
+            expect_dtype(NAME, DTYPES, **{argument: t})
+    expect_device(NAME, x=x, **{f"{name}.a": a, f"{name}.b": b})
+    if not abs(scale) < math.inf:
+        raise ValueError(f"{NAME}: {name}.scale is {scale}, need a finite number")
+    rank = a.shape[0] // experts if experts and a.dim() == 2 else a.shape[1] if a.dim() == 3 else 0
+    needs: tuple[tuple, tuple] = ((experts * rank, n_in), (n_out, rank * experts))
+    if a.dim() == 3 and b.dim() == 3:
+        needs = ((experts, rank, n_in), (experts, n_out, rank))
+    for argument, t, need in ((f"{name}.a", a, needs[0]), (f"{name}.b", b, needs[1])):
+        if t.shape != need:
+            raise ValueError(
+                f"{NAME}: {argument} has shape {tuple(t.shape)}, need {need} for "
+                f"E = {experts}, R = {rank}"
+            )
+    if a.dim() == 2:
+        a = a.view(experts, rank, n_in)
+        b = b.unflatten(1, (rank, experts)).permute(2, 0, 1)
+    return a, b, float(scale)
 
 
 def _check_biases(experts, width, features, gate_up_bias, down_bias) -> None:

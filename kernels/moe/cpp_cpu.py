@@ -7,7 +7,10 @@ import torch
 from tilewright.native import native
 from tilewright.ops.common.packed import PackedWeight
 from tilewright.ops.common.packed_cpu import native_packed
+from tilewright.ops.moe.low_rank import LoopedProducts
 from tilewright.ops.moe.problem import DENSE, Operands, Problem
+
+grouped, outer = LoopedProducts.grouped, LoopedProducts.outer
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_ROWS = (0, 0)
@@ -58,8 +61,9 @@ def _whole(packed: PackedWeight) -> PackedWeight:
 class _Held:
     """A call's tensors in the layout the kernels read, kept alive until it returns."""
 
-    def __init__(self, x, gates, order, starts, z, o: Operands, p: Problem):
+    def __init__(self, x, gates, order, starts, z_update, z, o: Operands, p: Problem):
         self.x, self.gates, self.z = _in_rows(x), _floats(gates), z
+        self.z_update = z_update
         self.order, self.starts = order.contiguous(), starts.contiguous()
         self.biases = _floats(o.gate_up_bias), _floats(o.down_bias)
         self.is_packed = o.gate_up is None
@@ -75,35 +79,44 @@ class _Held:
             NAMES[p.dtype], (p.tokens, p.slots, p.experts, p.features, p.width),
             (p.activation, p.alpha, p.limit, p.interleaved, p.transposed, p.scale_input),
             _rows(self.x), _address(self.gates), self.order.data_ptr(), self.starts.data_ptr(),
-            *self.natives, self.is_packed, *(_address(b) for b in self.biases), _address(self.z),
-            torch.get_num_threads(),
+            *self.natives, self.is_packed, *(_address(b) for b in self.biases),
+            _address(self.z_update), _address(self.z), torch.get_num_threads(),
         )  # fmt: skip
 
 
-def forward(x, gates, order, starts, keeps, o: Operands, p: Problem):
+def forward(x, gates, order, starts, keeps, o: Operands, p: Problem, z_update=None):
+    """y (T, H) and z (T K, 2 I), which is empty unless `keeps`; z_update (T K, 2 I), contiguous, is
+    added to z before the activation."""
     y = x.new_empty(p.tokens, p.features)
     z = x.new_empty(order.numel() if keeps else 0, 2 * p.width)
     z[int(starts[-1]) :] = 0  # of slots that go nowhere
-    held = _Held(x, gates, order, starts, z if keeps else None, o, p)
+    held = _Held(x, gates, order, starts, z_update, z if keeps else None, o, p)
     native().moe_forward(_rows(y), *held.arguments(p))
     return y, z
 
 
-def backward(dy, x, gates, z, order, starts, o: Operands, p: Problem, wants):
-    held = _Held(x, gates, order, starts, z, o, p)
+def backward(
+    dy, x, gates, z, order, starts, o: Operands, p: Problem, wants, da_update=None, dz=None
+):
+    """Gradients of x, gates, the weights and their biases; empty where not wanted.
+
+    da_update   (T K, I), contiguous, is added to W2^T dy; dz (T K, 2 I) receives the gradient of z
+    """
+    held = _Held(x, gates, order, starts, None, z, o, p)
     dy = _in_rows(dy)
     inputs = (x, gates, o.gate_up, o.down, o.gate_up_bias, o.down_bias)
     dtypes = (x.dtype, torch.float32, x.dtype, x.dtype, torch.float32, torch.float32)
     grads: list[torch.Tensor | None] = [None] * len(inputs)
-    for i, (t, dtype, wants_it) in enumerate(zip(inputs, dtypes, wants, strict=True)):
+    for i, (t, dtype, wants_it) in enumerate(zip(inputs, dtypes, wants, strict=False)):
         if wants_it:
             grads[i] = torch.empty(t.shape, dtype=dtype)
     if grads[1] is not None:
         grads[1].zero_()  # slots that go nowhere
     dx, *others = grads
     native().moe_backward(
-        _rows(dy), _rows(dx), tuple(_address(g) for g in others), *held.arguments(p)
-    )
+        _rows(dy), _rows(dx), tuple(_address(g) for g in others), _address(da_update),
+        _address(dz), *held.arguments(p),
+    )  # fmt: skip
     return tuple(
         x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
     )

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from tilewright import choose
 from tilewright.direct import may_go_direct
 from tilewright.ops.common.packed import decode
-from tilewright.ops.moe import reference
+from tilewright.ops.moe import low_rank, reference
 from tilewright.ops.moe.problem import DENSE, OPERANDS, Operands, Packing, Problem
 
 library = torch.library.Library("tilewright", "FRAGMENT")
@@ -22,6 +22,7 @@ _REST = ", ".join(f"Tensor? {name}" for name in OPERANDS) + (
     "bool transposed, bool scale_input, "
     "str up_format, int up_group_size, float up_nested_offset, int up_nested_block, "
     "str down_format, int down_group_size, float down_nested_offset, int down_nested_block, "
+    "float? up_scale, float? down_scale, "
     "str impl"
 )
 # keeps: whether z is wanted. Returns y (T, H); z (T K, 2 I), what the activation was applied to, in
@@ -31,21 +32,21 @@ library.define(
     f"moe_mlp(Tensor x, Tensor ids, Tensor gates, bool keeps, {_REST}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-# wants: dx, dgates, dgate_up, ddown, dgate_up_bias, ddown_bias
+# wants and results: dx, dgates, and the gradients of the first TRAINABLE operands
 library.define(
     "moe_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor z, Tensor order, Tensor starts, "
-    f"bool[6] wants, {_REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"bool[10] wants, {_REST}) -> ({', '.join(['Tensor'] * 10)})"
 )
 
 N_OPERANDS = len(OPERANDS)
-TRAINABLE = 4  # gate_up, down and their biases
+TRAINABLE = 8  # gate_up, down, their biases, up_a, up_b, down_a, down_b
 
 
 def rest(p: Problem, impl: str) -> tuple:
     """The operators' arguments after the tensors."""
     return (
         p.experts, p.width, p.activation, p.alpha, p.limit, p.interleaved, p.transposed,
-        p.scale_input, *p.up, *p.down, impl,
+        p.scale_input, *p.up, *p.down, p.up_scale, p.down_scale, impl,
     )  # fmt: skip
 
 
@@ -53,12 +54,13 @@ def _problem(x, gates, *r) -> tuple[Problem, Operands, str]:
     """The problem record, the weights and `impl` again, from the operators' arguments."""
     o = Operands._make(r[:N_OPERANDS])
     (experts, width, activation, alpha, limit, interleaved, transposed, scale_input, *packings,
-     impl) = r[N_OPERANDS:]  # fmt: skip
+     up_scale, down_scale, impl) = r[N_OPERANDS:]  # fmt: skip
     problem = Problem(
         device=x.device.type, dtype=x.dtype, tokens=x.shape[0], slots=gates.shape[1],
         experts=experts, features=x.shape[1], width=width, activation=activation, alpha=alpha,
         limit=limit, interleaved=interleaved, transposed=transposed, scale_input=scale_input,
-        up=Packing(*packings[:4]), down=Packing(*packings[4:]),
+        up=Packing(*packings[:4]), down=Packing(*packings[4:]), up_scale=up_scale,
+        down_scale=down_scale,
     )  # fmt: skip
     return problem, o, impl
 
@@ -91,19 +93,25 @@ class _ReferenceImplementation:
             packed = p.packed_gate_up(o), p.packed_down(o)
             shapes = (p.experts, 2 * p.width, p.features), (p.experts, p.features, p.width)
             weights = [decode(w).view(s) for w, s in zip(packed, shapes, strict=True)]
-        return [*weights, o.gate_up_bias, o.down_bias]
+        return [*weights, *o[2:TRAINABLE]]
+
+    @staticmethod
+    def _call(x, ids, gates, weights, rule):
+        named = dict(zip(OPERANDS[:TRAINABLE], weights, strict=True))
+        return reference.moe_mlp(x, ids, gates, **named, **rule)
 
     @staticmethod
     def _rule(p: Problem) -> dict:
         return dict(
             activation=p.activation, interleaved=p.interleaved, transposed=p.transposed,
             scale_input=p.scale_input, alpha=p.alpha, limit=p.limit,
+            up_scale=p.up_scale, down_scale=p.down_scale,
         )  # fmt: skip
 
     @classmethod
     def forward(cls, x, gates, order, starts, keeps, o, p):
         ids = cls._ids(order, starts, p)
-        y = reference.moe_mlp(x, ids, gates, *cls._weights(p, o), **cls._rule(p))
+        y = cls._call(x, ids, gates, cls._weights(p, o), cls._rule(p))
         shape = (order.numel(), 2 * p.width) if keeps else (0, 2 * p.width)
         return y.to(x.dtype), x.new_zeros(shape)
 
@@ -114,7 +122,7 @@ class _ReferenceImplementation:
             leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
             x64, gates64, *weights = leaves
             ids = cls._ids(order, starts, p)
-            y = reference.moe_mlp(x64, ids, gates64, *weights, **cls._rule(p))
+            y = cls._call(x64, ids, gates64, weights, cls._rule(p))
             wanted = [
                 t for t, wants_it in zip(leaves, wants, strict=True) if wants_it and t is not None
             ]
@@ -132,10 +140,18 @@ class _ReferenceImplementation:
         return ids.view(p.tokens, p.slots)
 
 
+def _is_composed(implementation, p: Problem) -> bool:
+    """Whether the low-rank updates are added around the implementation."""
+    return implementation is not _ReferenceImplementation and low_rank.has_update(p)
+
+
 def _run_forward(x, ids, gates, keeps, o: Operands, p: Problem, impl: str):
     implementation = _implementation(choose.choose("moe_mlp", impl, p))
     order, starts = sort_slots(ids, p.experts)
-    y, z = implementation.forward(x, gates, order, starts, keeps, o, p)
+    if _is_composed(implementation, p):
+        y, z = low_rank.forward(implementation, x, gates, order, starts, keeps, o, p)
+    else:
+        y, z = implementation.forward(x, gates, order, starts, keeps, o, p)
     return y, z, order, starts
 
 
@@ -147,7 +163,10 @@ def _forward(x, ids, gates, keeps, *r):
 def _backward(dy, x, gates, z, order, starts, wants, *r):
     p, o, impl = _problem(x, gates, *r)
     implementation = _implementation(choose.choose("moe_mlp", impl, p))
-    return implementation.backward(dy, x, gates, z, order, starts, o, p, wants)
+    if _is_composed(implementation, p):
+        return low_rank.backward(implementation, dy, x, gates, z, order, starts, o, p, wants)
+    found = implementation.backward(dy, x, gates, z, order, starts, o, p, wants)
+    return *found, *[x.new_empty(0) for _ in range(len(wants) - len(found))]
 
 
 for _name, _function in (("moe_mlp", _forward), ("moe_mlp_backward", _backward)):

@@ -22,6 +22,8 @@ class Operands(NamedTuple):
     down            (E, H, I) dense, (E, I, H) if transposed
     gate_up_bias    (E, 2 I)
     down_bias       (E, H)
+    up_a, up_b      (E, R, H) and (E, 2 I, R), the low-rank update of gate_up, of any strides
+    down_a, down_b  (E, R, I) and (E, H, R), that of down
     up_codes ..     the tensors of a packed gate_up of shape (E 2 I, H)
     down_codes ..   the same of a packed down of shape (E H, I)
     """
@@ -30,6 +32,10 @@ class Operands(NamedTuple):
     down: torch.Tensor | None = None
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    up_a: torch.Tensor | None = None
+    up_b: torch.Tensor | None = None
+    down_a: torch.Tensor | None = None
+    down_b: torch.Tensor | None = None
     up_codes: torch.Tensor | None = None
     up_scales: torch.Tensor | None = None
     up_offsets: torch.Tensor | None = None
@@ -63,6 +69,7 @@ class Problem(NamedTuple):
     transposed    both weights have their axes after E exchanged
     scale_input   a gate multiplies its expert's input instead of its output
     up, down      how the weights are packed
+    up_scale      factor of up_b up_a, and down_scale of down_b down_a; None without an update
     """
 
     device: str
@@ -80,15 +87,17 @@ class Problem(NamedTuple):
     scale_input: bool = False
     up: Packing = Packing()
     down: Packing = Packing()
+    up_scale: float | None = None
+    down_scale: float | None = None
 
     def packed_gate_up(self, o: Operands) -> PackedWeight:
         """The packed weight again, from its tensors."""
         n_out = self.experts * 2 * self.width
-        return _packed(self.up, n_out, self.features, self.dtype, *o[4:9])
+        return _packed(self.up, n_out, self.features, self.dtype, *o[8:13])
 
     def packed_down(self, o: Operands) -> PackedWeight:
         n_out = self.experts * self.features
-        return _packed(self.down, n_out, self.width, self.dtype, *o[9:14])
+        return _packed(self.down, n_out, self.width, self.dtype, *o[13:18])
 
 
 def _packed(packing, n_out, n_in, dtype, codes, scales, offsets, table, absmax) -> PackedWeight:

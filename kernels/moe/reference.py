@@ -22,8 +22,12 @@ def gated(z, activation, interleaved=False, alpha=0.0, limit=0.0):
 def moe_mlp(
     x, ids, gates, gate_up, down, gate_up_bias=None, down_bias=None, activation="swiglu",
     interleaved=False, transposed=False, scale_input=False, alpha=0.0, limit=0.0,
+    up_a=None, up_b=None, up_scale=1.0, down_a=None, down_b=None, down_scale=1.0,
 ):  # fmt: skip
-    """y (T, H) float64 from x (T, H), ids and gates (T, K), gate_up (E, 2 I, H), down (E, H, I)."""
+    """y (T, H) float64 from x (T, H), ids and gates (T, K), gate_up (E, 2 I, H), down (E, H, I).
+
+    up_a (E, R, H) and up_b (E, 2 I, R) add up_scale up_b up_a to gate_up, and so for down.
+    """
     x, gates, gate_up, down = (t.double() for t in (x, gates, gate_up, down))
     if transposed:
         gate_up, down = gate_up.mT, down.mT
@@ -35,8 +39,13 @@ def moe_mlp(
         z = row @ gate_up[e].T
         if gate_up_bias is not None:
             z = z + gate_up_bias[e].double()
-        out = gated(z, activation, interleaved, alpha, limit) @ down[e].T
+        if up_a is not None:
+            z = z + up_scale * (row @ up_a[e].double().T @ up_b[e].double().T)
+        a = gated(z, activation, interleaved, alpha, limit)
+        out = a @ down[e].T
         if down_bias is not None:
             out = out + down_bias[e].double()
+        if down_a is not None:
+            out = out + down_scale * (a @ down_a[e].double().T @ down_b[e].double().T)
         y = y.index_add(0, token, out if scale_input else out * gate)
     return y
