@@ -213,12 +213,15 @@ def prepared(case: Case, dtype) -> Prepared:
 
 
 def run(target, case: Case, inputs: dict, gradients=()) -> dict:
-    """y and gradients by this target, or a skip with its reason."""
+    """y and gradients by this target on the CPU, or a skip with its reason."""
+    inputs = {n: t if t is None else t.to(target.device) for n, t in inputs.items()}
     call = {n: t for n, t in inputs.items() if n != "dy"}
     target.require("moe_mlp", **call, **case.rule)
-    if not gradients:
-        return {"y": ours(case, target.name)(**call)}
-    return with_gradients(ours(case, target.name), inputs, gradients)
+    if gradients:
+        found = with_gradients(ours(case, target.name), inputs, gradients)
+    else:
+        found = {"y": ours(case, target.name)(**call)}
+    return {n: t.cpu() for n, t in found.items()}
 
 
 def judge(name: str, got: dict, p: Prepared) -> None:

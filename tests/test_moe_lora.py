@@ -71,8 +71,22 @@ def exact(inputs):
     return {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
 
 
-def ours(case, impl):
-    return lambda **call: ops.moe_mlp(**call, **case.rule, impl=impl)
+def placed(value, device):
+    """A tensor, a packed weight or an update there."""
+    if isinstance(value, ExpertsLora):
+        return ExpertsLora(value.a.to(device), value.b.to(device), value.scale)
+    return value.to(device)
+
+
+def ours(case, target):
+    """By this target where it runs, from and to the CPU; or a skip with its reason."""
+
+    def function(**call):
+        call = {n: placed(t, target.device) for n, t in call.items()}
+        target.require("moe_mlp", **call, **case.rule)
+        return ops.moe_mlp(**call, **case.rule, impl=target.name).cpu()
+
+    return function
 
 
 def by_loop(case):
@@ -86,9 +100,9 @@ def judge(got, stock, truth, floor=64.0):
         assert_errs_at_most_twice_stock(part, got[part], stock[part], true, terms)
 
 
-def check(case, impl, inputs, stock=None, true=None):
+def check(case, target, inputs, stock=None, true=None):
     """Our results against the loop's and those of float64, which may have other weights."""
-    got = both_ways(ours(case, impl), inputs)
+    got = both_ways(ours(case, target), inputs)
     loops = (both_ways(by_loop(case), i) for i in (stock or inputs, exact(true or inputs)))
     judge(got, *loops)
 
@@ -96,9 +110,7 @@ def check(case, impl, inputs, stock=None, true=None):
 @pytest.mark.parametrize("number, case", enumerate(CASES.values()), ids=CASES)
 def test_errs_at_most_twice_the_loop(number, case, impl):
     inputs = with_updates(case, DTYPES[number % 3])
-    call = {n: t for n, t in inputs.items() if n != "dy"}
-    impl.require("moe_mlp", **grouped(call), **case.rule)
-    check(case, impl.name, inputs)
+    check(case, impl, inputs)
 
 
 def test_the_updates_are_no_small_part():
@@ -109,10 +121,10 @@ def test_the_updates_are_no_small_part():
 
 
 @pytest.mark.parametrize("part", ["y", *TRAINED])
-def test_one_percent_is_seen(part):
+def test_one_percent_is_seen(part, impl_once):
     inputs = with_updates(PLAIN, torch.float32)
     truth = both_ways(by_loop(PLAIN), exact(inputs))
-    good, stock = both_ways(ours(PLAIN, "auto"), inputs), both_ways(by_loop(PLAIN), inputs)
+    good, stock = both_ways(ours(PLAIN, impl_once), inputs), both_ways(by_loop(PLAIN), inputs)
     with pytest.raises(AssertionError, match="rms error"):
         judge({part: 1.01 * good[part]}, stock, {part: truth[part]})
 
@@ -122,7 +134,7 @@ def test_one_percent_is_seen(part):
 def test_one_of_two_updates(which, scale_input, impl_once):
     case = PLAIN.but(scale_input=scale_input)
     inputs = with_updates(case, torch.float32, which=which)
-    check(case, impl_once.name, inputs)
+    check(case, impl_once, inputs)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
@@ -135,24 +147,24 @@ def test_updates_of_packed_experts(format, impl_once):
         inputs[name] = packed
         stock[name] = decode(packed).view(shape)
         true[name] = exactly_decoded(packed).view(shape)
-    check(case, impl_once.name, inputs, stock, true)
+    check(case, impl_once, inputs, stock, true)
 
 
 def test_float32_updates_of_bfloat16_experts(impl_once):
     inputs = with_updates(PLAIN, torch.bfloat16, kind=torch.float32)
-    got = both_ways(ours(PLAIN, impl_once.name), inputs)
+    got = both_ways(ours(PLAIN, impl_once), inputs)
     assert all(got[n].dtype == torch.float32 for n in TRAINED[2:])
-    check(PLAIN, impl_once.name, inputs)
+    check(PLAIN, impl_once, inputs)
 
 
 def test_three_axes_are_those_of_two(kernel_once):
     inputs = with_updates(PLAIN, torch.float32)
-    need = both_ways(ours(PLAIN, kernel_once.name), inputs)
+    need = both_ways(ours(PLAIN, kernel_once), inputs)
     flat = dict(inputs)
     for short, rank in (("up", 4), ("down", 5)):
         inputs[f"{short}_a"] = inputs[f"{short}_a"].unflatten(0, (5, rank))
         inputs[f"{short}_b"] = inputs[f"{short}_b"].unflatten(1, (rank, 5)).permute(2, 0, 1)
-    got = both_ways(ours(PLAIN, kernel_once.name), inputs)
+    got = both_ways(ours(PLAIN, kernel_once), inputs)
     for n in need:
         shaped = got[n]
         if n.endswith("_a"):
@@ -189,7 +201,7 @@ def test_peft_means_the_same():
 def test_experts_without_tokens_get_exactly_zero(impl_once):
     case = CASES["sparse"]
     inputs = with_updates(case, torch.float32)
-    got = both_ways(ours(case, impl_once.name), inputs)
+    got = both_ways(ours(case, impl_once), inputs)
     empty = [e for e in range(12) if not (inputs["ids"] == e).any()]
     assert len(empty) >= 5
     for short, rank in (("up", 4), ("down", 5)):
@@ -201,7 +213,7 @@ def test_experts_without_tokens_get_exactly_zero(impl_once):
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_tokens_and_one(tokens, impl_once):
     inputs = with_updates(PLAIN.but(tokens=tokens), torch.float32)
-    got = both_ways(ours(PLAIN, impl_once.name), inputs)
+    got = both_ways(ours(PLAIN, impl_once), inputs)
     assert got["y"].shape == (tokens, 48)
     for n in TRAINED[2:]:
         assert got[n].shape == inputs[n].shape and got[n].any() == bool(tokens)
@@ -221,6 +233,7 @@ def test_no_tensor_as_large_as_the_experts_is_made(kernel_once):
 
     case = Case(8, 1, 16, 64, 64)
     inputs = with_updates(case, torch.float32, rank=2)
+    inputs = {n: t.to(kernel_once.device) for n, t in inputs.items()}
     call = grouped({n: t for n, t in inputs.items() if n != "dy"})
     problem, x, ids, gates, o = api._describe(**call, **case.rule)
     wants = [True, True, *[False] * 4, *[True] * 4]
@@ -243,4 +256,4 @@ def test_no_tensor_as_large_as_the_experts_is_made(kernel_once):
 def test_refusals(change, message):
     inputs = with_updates(PLAIN, torch.float32) | change
     with pytest.raises(ValueError, match=f"moe_mlp: {message}"):
-        ours(PLAIN, "auto")(**grouped({n: t for n, t in inputs.items() if n != "dy"}))
+        ops.moe_mlp(**grouped({n: t for n, t in inputs.items() if n != "dy"}))

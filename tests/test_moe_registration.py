@@ -151,7 +151,7 @@ WRONG = {
         dict(activation="clamped_swiglu", limit=0.0),
         "alpha is 1.702 and limit 0.0, need",
     ),
-    "impl": (dict(impl="fast"), 'no impl "fast". Known: auto, cpp_cpu, reference'),
+    "impl": (dict(impl="fast"), 'no impl "fast". Known: auto, triton_gpu, cpp_cpu, reference'),
 }
 
 

@@ -5,6 +5,7 @@ The router stays the model's own; what it chooses is handed to `moe_mlp`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
+from tilewright import choose
 from tilewright.adapt import undo
 from tilewright.adapt.table import Replacement, Request, Site
 from tilewright.ops import ExpertsLora, moe_mlp
@@ -117,13 +119,27 @@ def why_not_experts(module: Any) -> str | None:
         weight = getattr(module, name, None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
             return f"it has no {name} of three axes"
-        if weight.device.type not in ("cpu", "meta"):
-            return f"its weights are on {weight.device.type}, where moe_mlp has no kernel"
+        reason = why_no_kernel(weight.device.type)
+        if reason is not None:
+            return f"its weights are on {weight.device.type}: {reason}"
         if not weight.is_floating_point():
             return f"its {name} is {weight.dtype}"
     if gate_rule(module) is None:
         return "its _apply_gate is none of the activations of moe_mlp"
     return None
+
+
+@functools.cache
+def why_no_kernel(device: str) -> str | None:
+    """Why moe_mlp would run its reference there, or None."""
+    if device in ("cpu", "meta"):  # what the CPU lacks is said when it is called
+        return None
+    if device != "cuda":
+        return "moe_mlp has no kernel there"
+    weight = torch.zeros(1, 32, 16, dtype=torch.bfloat16, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    explained = choose.explain("moe_mlp", weight[0, :1], ids, None, weight, weight.mT[:, :, :16])
+    return explained.reasons["triton_gpu"] if explained.chosen == "reference" else None
 
 
 def gate_rule(module: Any) -> dict | None:
@@ -187,8 +203,10 @@ def _why_stock(module: Any, x: torch.Tensor) -> str | None:
             return f"its {what} is a {type(t).__name__}, not a plain tensor"
         if t.dtype not in DTYPES:
             return f"its {what} is {t.dtype}"
-        if t.device.type != "cpu":
-            return f"its {what} is on {t.device.type}, where moe_mlp has no kernel"
+        if t.device.type != "cpu" and not torch.compiler.is_compiling():
+            reason = why_no_kernel(t.device.type)
+            if reason is not None:
+                return f"its {what} is on {t.device.type}: {reason}"
         if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return f"its {what} is {t.dtype}, its input {x.dtype}"
     return None

@@ -25,7 +25,9 @@ class UnfoldedExperts(ParamWrapper):
                 yield
             return
         (name,) = active
-        update = ExpertsLora(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        layer: Any = self
+        factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+        update = ExpertsLora(*factors, self.scaling[name])
         held = vars(base).setdefault(experts.UPDATES, {})
         held[self.parameter_name] = experts.Update(update, fold)
         try:

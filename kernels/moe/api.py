@@ -77,7 +77,7 @@ def moe_mlp(
     interleaved    rows of gate_up alternate: gate 0, up 0, gate 1, up 1, ..
     transposed     gate_up is (E, H, 2 I) and down (E, I, H)
     scale_input    a gate multiplies its expert's input instead of its output, as in Llama 4
-    impl           "auto", "reference" or "cpp_cpu"
+    impl           "auto", "reference", "cpp_cpu" or "triton_gpu"
 
     Returns (..., H) in x.dtype: float32, bfloat16 or float16 (float64: reference only). Sums are
     float32; packed weights are decoded tile by tile, forward and backward, and never as a whole.
@@ -300,6 +300,13 @@ def _sample() -> dict[str, object]:
 
 choose.register(
     choose.Operator(
-        NAME, (choose.implementation_of("moe", "cpp_cpu"), choose.REFERENCE), _problem, _sample
+        NAME,
+        (
+            choose.implementation_of("moe", "triton_gpu"),
+            choose.implementation_of("moe", "cpp_cpu"),
+            choose.REFERENCE,
+        ),
+        _problem,
+        _sample,
     )
 )

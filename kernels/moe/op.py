@@ -79,6 +79,10 @@ def _implementation(name: str):
         from tilewright.ops.moe import cpp_cpu
 
         return cpp_cpu
+    if name == "triton_gpu":
+        from tilewright.ops.moe import triton_gpu
+
+        return triton_gpu
     return _ReferenceImplementation
 
 
