@@ -88,6 +88,7 @@ from tilewright.ops import (
 from tilewright.plug_in import register_when_imported
 from tilewright.quantized import QuantizedLinear, dequantize, quantize
 from tilewright.train import finetune
+from tilewright.upcycle import moe_upcycle
 
 __version__ = "0.1.0"
 
@@ -143,6 +144,7 @@ __all__ = [
     "merge",
     "merge_delta",
     "moe_mlp",
+    "moe_upcycle",
     "multi_lora_linear",
     "mutual_information_loss",
     "quantize",
