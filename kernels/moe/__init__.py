@@ -9,6 +9,7 @@ from tilewright.ops.moe.losses import (
     router_z_loss,
 )
 from tilewright.ops.moe.mixture import lora_mixture
+from tilewright.ops.moe.parallel import moe_mlp_parallel
 from tilewright.ops.moe.routes import (
     add_router_noise,
     keep_local,
@@ -37,6 +38,7 @@ __all__ = [
     "load_loss",
     "lora_mixture",
     "moe_mlp",
+    "moe_mlp_parallel",
     "mutual_information_loss",
     "route_by_threshold",
     "route_examples",
