@@ -6,6 +6,8 @@ from attention_inputs import bitwise
 from conftest import Target
 from moe_inputs import DTYPES, GRADIENTS, Case, judge, make_inputs, ours, prepared, run
 from moe_inputs import with_gradients as both_ways
+from test_moe_packed import FORMATS
+from test_moe_packed import prepared as packed_prepared
 
 from tilewright import choose, ops
 
@@ -41,6 +43,16 @@ def test_errs_at_most_twice_the_loop(case, dtype):
     for name, value in got.items():
         with pytest.raises(AssertionError):
             judge("spoilt", {name: 1.02 * value}, p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [40, 900])
+@pytest.mark.parametrize("number, options", enumerate(FORMATS.values()), ids=FORMATS)
+def test_packed_experts(number, options, tokens, dtype):
+    case = Case(tokens, 2, 3, 288, 144, bias=True, interleaved=number % 2 == 1)
+    p = packed_prepared(case, dtype, **options)
+    inputs = {n: t.to("cuda") for n, t in p.inputs.items()}
+    judge("triton_gpu", both_ways(ours(case, "triton_gpu"), inputs, ("x", "gates")), p)
 
 
 def on_gpu(case, dtype=torch.bfloat16):

@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from triton_ahead_of_time import SHARED_BYTES, compiled, missing_tool, source_of
 
+from tilewright.ops.common.packed import ROWS, inputs_of_a_line
 from tilewright.ops.moe import triton_gpu
-from tilewright.ops.moe.problem import Operands, Problem
+from tilewright.ops.moe.problem import DENSE, Operands, Packing, Problem
 
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
 # Mixtral-like and fine-grained experts, GPT-OSS's layout, few rows
@@ -32,6 +33,9 @@ CASES = {
     "mixtral": MIXTRAL,
     "gpt-oss": GPT_OSS,
     "16 rows an expert": {**FINE, "tokens": 256},
+    "nf4": {**FINE, "up": Packing("nf4", 64), "down": Packing("nf4", 64)},
+    "nf4, 16 rows": {**FINE, "tokens": 256, "up": Packing("nf4", 64), "down": Packing("nf4", 64)},
+    "int4": {**MIXTRAL, "up": Packing("int4", 128), "down": Packing("int4", 128)},
 }
 WITHOUT_PRODUCTS = ("moe_combine_kernel", "moe_gate_gradient_kernel")
 
@@ -52,10 +56,19 @@ def launches_of(case: dict, capability, dtype=torch.bfloat16, bias=False, traine
     if p.transposed:
         up, down = ((e, i, o) for e, o, i in (up, down))
     o = Operands(
-        empty(up, dtype=dtype), empty(down, dtype=dtype),
-        empty(experts, 2 * p.width, dtype=dtype) if bias else None,
-        empty(experts, p.features, dtype=dtype) if bias else None,
-    )  # fmt: skip
+        gate_up_bias=empty(experts, 2 * p.width, dtype=dtype) if bias else None,
+        down_bias=empty(experts, p.features, dtype=dtype) if bias else None,
+    )
+    for name, dense, shape, packing in (
+        ("up", "gate_up", up, p.up), ("down", "down", down, p.down),
+    ):  # fmt: skip
+        if packing.format == DENSE:
+            o = o._replace(**{dense: empty(shape, dtype=dtype)})
+            continue
+        blocks, lines = shape[0] * shape[1] // ROWS, shape[2] // inputs_of_a_line(packing.format)
+        codes = torch.empty(blocks, lines, 64, dtype=torch.uint8)
+        scales = empty(blocks, shape[2] // packing.group_size, ROWS, dtype=torch.float16)
+        o = o._replace(**{f"{name}_codes": codes, f"{name}_scales": scales})
     x, y, dx = (empty(tokens, p.features, dtype=dtype) for _ in range(3))
     z = empty(tokens * slots, 2 * p.width, dtype=dtype)
     gates, order = empty(tokens, slots), torch.zeros(tokens * slots, dtype=torch.int32)

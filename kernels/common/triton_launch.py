@@ -76,3 +76,11 @@ def seed_on(seed: torch.Tensor | None, device: torch.device) -> torch.Tensor | N
     if seed.device.type == "cpu" and device.type != "cpu":
         return torch.full((1,), int(seed.item()), dtype=torch.int64, device=device)
     return seed.to(device)
+
+
+def words_of(codes: torch.Tensor) -> torch.Tensor:
+    """(blocks, lines, 64) bytes as (blocks, lines, 16) words."""
+    codes = codes.contiguous()
+    if codes.storage_offset() % 4:
+        codes = codes.clone()
+    return codes.view(torch.int32)

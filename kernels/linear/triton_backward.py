@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from tilewright.ops.common.triton_dropout import is_kept, is_kept_at
+from tilewright.ops.common.triton_packed import table_values
 from tilewright.ops.linear.triton_tiles import (
     SIZES,
     load_gathered,
     load_tile,
     load_weight,
-    table_values,
     tile_of_program,
 )
 

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
+from tilewright.ops.common.triton_packed import table_values
 from tilewright.ops.linear.triton_tiles import (
     SIZES,
     load_gathered,
     load_tile,
     load_weight,
-    table_values,
     tile_of_program,
 )
 

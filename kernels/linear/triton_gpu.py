@@ -14,6 +14,7 @@ from tilewright.ops.common.triton_launch import (
     contiguous,
     seed_on,
     why_not_triton,
+    words_of,
 )
 from tilewright.ops.linear import triton_config as config
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
@@ -314,7 +315,7 @@ def _weight_arguments(o: Operands, p: Problem, block_inputs: int) -> dict:
         strides = weight.stride()
     else:
         assert o.codes is not None
-        weight, strides = _words(o.codes), (0, 0)
+        weight, strides = words_of(o.codes), (0, 0)
         n_lines = o.codes.shape[1]
     return {
         "weight_ptr": weight, "weight_stride_o": strides[0], "weight_stride_i": strides[1],
@@ -325,14 +326,6 @@ def _weight_arguments(o: Operands, p: Problem, block_inputs: int) -> dict:
         "n_in": p.in_features, "FORMAT": p.format,
         "ONE_GROUP": config.has_one_group(p, block_inputs),
     }  # fmt: skip
-
-
-def _words(codes: torch.Tensor) -> torch.Tensor:
-    """(blocks, lines, 64) bytes as (blocks, lines, 16) words."""
-    codes = codes.contiguous()
-    if codes.storage_offset() % 4:
-        codes = codes.clone()
-    return codes.view(torch.int32)
 
 
 def _codes(p: Problem, by_eight_bits: bool) -> tuple[float, tuple | None]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from tilewright.ops.moe.problem import Problem
+from tilewright.ops.moe.problem import DENSE, Problem
 
 PROCESSORS = 132  # of an H100 or H200, where the GPU is not here to be asked
 HAS_228_KIB = (9, 10)  # major compute capabilities; others may have 99 KiB of shared memory
@@ -34,6 +34,11 @@ def block(n: int, least: int, most: int) -> int:
     return min(max(least, 1 << max(n - 1, 0).bit_length()), most)
 
 
+def is_packed(p: Problem) -> bool:
+    """Both weights are or neither is."""
+    return p.up.format != DENSE
+
+
 def row_tile(capability, p: Problem) -> int:
     """As many rows as an expert has on average; few experts or none have fewer than 16."""
     if capability is None:
@@ -49,7 +54,8 @@ def up_tiles(capability, p: Problem) -> Tiles:
         return Tiles(rows, 16, 32, 4, 1, 1)
     if p.dtype == torch.float32:
         return Tiles(rows, 32, 32, 8, 2, 1)
-    if rows == 128 and capability[0] in HAS_228_KIB and not p.interleaved:
+    is_plain = not (p.interleaved or is_packed(p))  # decoding and taking apart cost registers
+    if rows == 128 and capability[0] in HAS_228_KIB and is_plain:
         return Tiles(rows, 128, 64, 8, 3, 1)
     return Tiles(rows, 64, 64, 8 if rows == 128 else 4, 3, 2)
 
@@ -62,7 +68,8 @@ def product_tiles(capability, p: Problem, n_out: int) -> Tiles:
     lanes = block(n_out, 16, 128)
     if p.dtype == torch.float32:
         return Tiles(rows, min(lanes, 64), 32, 8 if lanes >= 64 else 4, 2, 1)
-    if rows == 128 and lanes == 128 and n_out >= 256 and capability[0] in HAS_228_KIB:
+    is_large = rows == 128 and lanes == 128 and n_out >= 256 and not is_packed(p)
+    if is_large and capability[0] in HAS_228_KIB:
         return Tiles(rows, 256, 64, 8, 3, 1)
     return Tiles(rows, lanes, 64, 8 if rows * lanes >= 16384 else 4, 3, 2)
 
@@ -74,7 +81,7 @@ def gated_backward_tiles(capability, p: Problem) -> Tiles:
         return Tiles(rows, 32, 32, 4, 1, 1)
     if p.dtype == torch.float32:
         return Tiles(rows, 64, 32, 8, 2, 1)
-    if rows == 128 and p.interleaved:  # taking gates and ups apart costs registers
+    if rows == 128 and (p.interleaved or is_packed(p)):
         return Tiles(rows, 64, 64, 16, 3, 1)
     return Tiles(rows, 64, 64, 8 if rows == 128 else 4, 3, 1)
 

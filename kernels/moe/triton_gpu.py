@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from tilewright.ops.common.triton_launch import Launch, capability_of, contiguous, why_not_triton
+from tilewright.ops.common.packed import FORMATS, PackedWeight
+from tilewright.ops.common.triton_launch import (
+    Launch,
+    capability_of,
+    contiguous,
+    why_not_triton,
+    words_of,
+)
 from tilewright.ops.moe import triton_config as config
 from tilewright.ops.moe.problem import DENSE, Operands, Problem
 from tilewright.ops.moe.triton_experts import (
@@ -27,9 +34,12 @@ _COLUMNS = 1024  # of a token's sum
 def why_not(p: Problem) -> str | None:
     """None if the Triton kernels can run this problem here, else the reason."""
     reason = why_not_triton(p.device, p.dtype)
-    if reason is None and (p.up.format != DENSE or p.down.format != DENSE):
-        return "no packed weights yet"
-    return reason
+    if reason is not None:
+        return reason
+    for packing, n_in in ((p.up, p.features), (p.down, p.width)):
+        if packing.format != DENSE and packing.group_size % 8 and packing.group_size < n_in:
+            return f"group_size is {packing.group_size}, the kernel needs a multiple of 8"
+    return None
 
 
 class Rows(NamedTuple):
@@ -84,17 +94,17 @@ def forward_launches(
     tiles = config.up_tiles(capability, p)
     arguments = {
         "x_ptr": x, "order_ptr": order, "gates_ptr": by if p.scale_input else None,
-        "weight_ptr": o.gate_up, "bias_ptr": contiguous(o.gate_up_bias), "update_ptr": z_update,
+        "bias_ptr": contiguous(o.gate_up_bias), "update_ptr": z_update,
         "z_ptr": z, "a_ptr": a, "x_stride_t": x.stride(0), "x_stride_h": x.stride(1),
-        **_weight(o.gate_up, p.transposed), "slots": p.slots, "width": p.width,
+        **_weight(_gate_up(o, p), p.transposed, tiles.depth), "slots": p.slots, "width": p.width,
         "features": p.features, "alpha": p.alpha, "limit": p.limit, "ACTIVATION": p.activation,
         "INTERLEAVED": p.interleaved, "LANES": tiles.lanes, "DEPTH": tiles.depth,
         **rows.arguments(),
     }  # fmt: skip
     up = _launch(moe_up_kernel, _items(rows, p.width, tiles.lanes), arguments, tiles, x)
     down = _product_launch(
-        a, None, 1, _weight(o.down, p.transposed), o.down, o.down_bias,
-        None if p.scale_input else by, out, rows, p, capability,
+        a, None, 1, _down(o, p), p.transposed, o.down_bias, None if p.scale_input else by, out,
+        rows, p, capability,
     )  # fmt: skip
     return [up, down, _combine_launch(out, rows, y, p)]
 
@@ -146,14 +156,13 @@ def backward_launches(
     dots = None
     if dgates is not None and not p.scale_input:
         dots = _dots(-(-p.width // tiles.lanes), n_rows, x)
-    of_down = _weight(o.down, p.transposed)
+    of_down = _weight(_down(o, p), p.transposed, tiles.lanes)
+    of_down["weight_stride_h"] = of_down.pop("weight_stride_o")
     arguments = {
-        "dy_ptr": dy, "order_ptr": order, "gates_ptr": at_output, "weight_ptr": o.down,
+        "dy_ptr": dy, "order_ptr": order, "gates_ptr": at_output, **of_down,
         "update_ptr": da_update, "z_ptr": z, "dz_ptr": dz, "a_ptr": a, "dots_ptr": dots,
         "dy_stride_t": dy.stride(0), "dy_stride_h": dy.stride(1),
-        "weight_stride_e": of_down["weight_stride_e"],
-        "weight_stride_h": of_down["weight_stride_o"],
-        "weight_stride_i": of_down["weight_stride_i"], "slots": p.slots, "n_rows": n_rows,
+        "slots": p.slots, "n_rows": n_rows,
         "width": p.width, "features": p.features, "alpha": p.alpha, "limit": p.limit,
         "ACTIVATION": p.activation, "INTERLEAVED": p.interleaved, "LANES": tiles.lanes,
         "DEPTH": tiles.depth, **rows.arguments(),
@@ -162,9 +171,8 @@ def backward_launches(
     launches = [_launch(moe_gated_backward_kernel, items, arguments, tiles, x)]
     if dx is not None or (dgates is not None and p.scale_input):
         out = x.new_empty(n_rows, p.features)
-        weight = _weight(o.gate_up, not p.transposed)
         launch = _product_launch(
-            dz, None, 1, weight, o.gate_up, None, at_input, out, rows, p, capability
+            dz, None, 1, _gate_up(o, p), not p.transposed, None, at_input, out, rows, p, capability
         )
         if dgates is not None and p.scale_input:
             dots = _dots(-(-p.features // launch.arguments["LANES"]), n_rows, x)
@@ -231,9 +239,7 @@ def grouped(rows, index, weight, starts) -> torch.Tensor:
     p = _plain_problem(rows, n_rows, weight)
     order = torch.empty(n_rows, dtype=torch.int32, device="meta")  # only its size is read
     of_rows = rows_of(order, starts, config.row_tile(capability, p))
-    _product_launch(
-        rows, index, 1, _weight(weight, False), weight, None, None, out, of_rows, p, capability
-    ).run()
+    _product_launch(rows, index, 1, weight, False, None, None, out, of_rows, p, capability).run()
     return out
 
 
@@ -276,19 +282,25 @@ def _plain_problem(rows, n_rows: int, weight) -> Problem:
 
 
 def _product_launch(
-    rows, index, index_slots, strides, weight, bias, gates, out, of_rows: Rows, p, capability
+    rows, index, index_slots, weight, transposed, bias, gates, out, of_rows: Rows, p, capability
 ) -> Launch:
-    """out[r] = g (W[e] rows[r] + bias[e]); without the sums that moe_product_kernel can add."""
+    """out[r] = g (W[e] rows[r] + bias[e]); without the sums that moe_product_kernel can add.
+
+    transposed   the outputs of the product are the last axis of the weight
+    """
     n_out = out.shape[1]
     tiles = config.product_tiles(capability, p, n_out)
+    by_inputs = isinstance(weight, PackedWeight) and transposed
+    strides = _weight(weight, transposed, tiles.lanes if by_inputs else tiles.depth)
     arguments = {
         "rows_ptr": rows, "index_ptr": index,
         "order_ptr": None if of_rows.order.device.type == "meta" else of_rows.order,
-        "gates_ptr": gates, "weight_ptr": weight, "bias_ptr": contiguous(bias), "x_ptr": None,
+        "gates_ptr": gates, "bias_ptr": contiguous(bias), "x_ptr": None,
         "out_ptr": out, "dots_ptr": None, "rows_stride_r": rows.stride(0),
         "rows_stride_i": rows.stride(1), **strides, "x_stride_t": 0, "x_stride_h": 0,
         "slots": p.slots, "index_slots": index_slots, "n_rows": out.shape[0], "n_out": n_out,
-        "n_in": rows.shape[1], "LANES": tiles.lanes, "DEPTH": tiles.depth, **of_rows.arguments(),
+        "n_in": rows.shape[1], "LANES_ARE_INPUTS": by_inputs, "LANES": tiles.lanes,
+        "DEPTH": tiles.depth, **of_rows.arguments(),
     }  # fmt: skip
     items = _items(of_rows, n_out, tiles.lanes)
     return _launch(moe_product_kernel, items, arguments, tiles, rows)
@@ -325,11 +337,46 @@ def _gate_gradient_launch(dots, dy, bias, dgates, rows: Rows, p: Problem, capabi
     return Launch(moe_gate_gradient_kernel, -(-n_rows // tile), arguments, 4, 1, dy.device)
 
 
-def _weight(weight, transposed: bool) -> dict:
-    """The strides of a weight (E, out, in), or (E, in, out) if transposed."""
-    e, first, second = weight.stride()
-    out, into = (second, first) if transposed else (first, second)
-    return {"weight_stride_e": e, "weight_stride_o": out, "weight_stride_i": into}
+def _gate_up(o: Operands, p: Problem) -> torch.Tensor | PackedWeight | None:
+    return o.gate_up if p.up.format == DENSE else p.packed_gate_up(o)
+
+
+def _down(o: Operands, p: Problem) -> torch.Tensor | PackedWeight | None:
+    return o.down if p.down.format == DENSE else p.packed_down(o)
+
+
+def _weight(weight, transposed: bool, tile_inputs: int) -> dict:
+    """What the kernels read of a weight (E, out, in), (E, in, out) if transposed, or packed.
+
+    tile_inputs   inputs of a packed weight that a tile holds
+    """
+    none = dict.fromkeys(("scales_ptr", "offsets_ptr", "nested_table_ptr", "absmax_ptr"))
+    if not isinstance(weight, PackedWeight):
+        e, first, second = weight.stride()
+        out, into = (second, first) if transposed else (first, second)
+        return {
+            "weight_ptr": weight, "weight_stride_e": e, "weight_stride_o": out,
+            "weight_stride_i": into, **none, "nested_block": 0, "nested_offset": 0.0,
+            "n_groups": 0, "group_size": 0, "n_lines": 0, "FORMAT": DENSE, "TABLE": None,
+            "ONE_GROUP": True,
+        }  # fmt: skip
+    nested, n_in = weight.nested, weight.in_features
+    size = weight.group_size or n_in
+    n_groups = -(-n_in // size)
+    # what computes its values in registers has no table there
+    by_table = weight.format not in ("int4", "uint4", "int8", "fp8")
+    return {
+        "weight_ptr": words_of(weight.codes), "weight_stride_e": 0, "weight_stride_o": 0,
+        "weight_stride_i": 0, "scales_ptr": contiguous(weight.scales),
+        "offsets_ptr": contiguous(weight.offsets),
+        "nested_table_ptr": nested.table if nested else None,
+        "absmax_ptr": nested.absmax if nested else None,
+        "nested_block": nested.block if nested else 0,
+        "nested_offset": float(nested.offset) if nested else 0.0,
+        "n_groups": n_groups, "group_size": size, "n_lines": weight.codes.shape[1],
+        "FORMAT": weight.format, "TABLE": FORMATS[weight.format].table if by_table else None,
+        "ONE_GROUP": n_groups == 1 or size % tile_inputs == 0,
+    }  # fmt: skip
 
 
 def _items(rows: Rows, n_lanes: int, lanes: int) -> int:

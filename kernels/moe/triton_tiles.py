@@ -12,7 +12,10 @@ import triton.language as tl
 
 # Triton compiles a kernel anew where an integer is 1 or a multiple of 16. These change from call to
 # call, and would only multiply the kernels.
-SIZES = ("n_experts", "slots", "index_slots", "n_panels", "n_rows")
+SIZES = (
+    "n_experts", "slots", "index_slots", "n_panels", "n_rows",
+    "group_size", "nested_block", "n_groups", "n_lines",
+)  # fmt: skip
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_inputs import bitwise
 from moe_inputs import GRADIENTS, Case, judge, make_inputs, ours, prepared, with_gradients
+from test_moe_packed import prepared as packed_prepared
 
 from tilewright import ExpertsLora, choose, ops, settings
 from tilewright.ops.moe import triton_gpu
@@ -145,6 +146,32 @@ def test_low_rank_updates(dtype, scale_input):
         scale = need.float().square().mean().sqrt()
         error = (got.float() - need.float()).square().mean().sqrt() / scale
         assert error < (2e-6 if dtype == torch.float32 else 2e-3), (name, error)
+
+
+PACKED = {
+    "int4": dict(format="int4", group=16),
+    "uint4-offsets": dict(format="uint4", group=32, offsets=True, scales=torch.float16),
+    "nf4-nested": dict(format="nf4", group=16, scales="nested"),
+    "nf4-rows": dict(format="nf4"),
+    "int8-rows": dict(format="int8"),
+    "fp8": dict(format="fp8", group=8),
+}
+HALVES = Case(40, 2, 3, 80, 48, bias=True)
+TURNED = Case(30, 3, 4, 48, 32, interleaved=True, scale_input=True, routing="nowhere")
+PACKED_CALLS = {n: (HALVES, options) for n, options in PACKED.items()} | {
+    f"{n}, interleaved": (TURNED, PACKED[n]) for n in ("uint4-offsets", "nf4-nested")
+}
+
+
+@pytest.mark.parametrize("number", range(len(PACKED_CALLS)), ids=list(PACKED_CALLS))
+def test_packed_experts(number):
+    case, options = list(PACKED_CALLS.values())[number]
+    p = packed_prepared(case, DTYPES[number % 2], **options)
+    got = with_gradients(ours(case, "triton_gpu"), p.inputs, ("x", "gates"))
+    judge("triton_gpu", got, p)
+    for name, value in got.items():
+        with pytest.raises(AssertionError):
+            judge("spoilt", {name: 1.01 * value}, p)
 
 
 def test_auto_takes_it_here_and_bfloat16_is_refused():
