@@ -15,6 +15,7 @@ void register_ceilings(py::module_& m);
 void register_linear(py::module_& m);
 void register_norm(py::module_& m);
 void register_moe(py::module_& m);
+void register_optim(py::module_& m);
 void register_quant(py::module_& m);
 void register_sparse(py::module_& m);
 
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
   register_linear(m);
   register_norm(m);
   register_moe(m);
+  register_optim(m);
   register_quant(m);
   register_sparse(m);
 }

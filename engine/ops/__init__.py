@@ -35,6 +35,7 @@ from tilewright.ops.moe import (
     update_router_bias,
 )
 from tilewright.ops.norm import embedding, geglu, layer_norm, rms_norm, rope, swiglu
+from tilewright.ops.optim import AdamW, adamw_update, gradient_norm
 from tilewright.ops.quant import (
     FP4,
     FP8,
@@ -77,6 +78,7 @@ __all__ = [
     "FP8",
     "MXFP4",
     "NF4",
+    "AdamW",
     "ErrorStatistics",
     "ExpertsLora",
     "Int4",
@@ -89,6 +91,7 @@ __all__ = [
     "SavedWeights",
     "ShiftedSegments",
     "WeightDelta",
+    "adamw_update",
     "add_router_noise",
     "balance_loss",
     "choose_tokens",
@@ -100,6 +103,7 @@ __all__ = [
     "flash_decode",
     "fused_linear",
     "geglu",
+    "gradient_norm",
     "importance_loss",
     "keep_local",
     "largest_gradients",
