@@ -23,6 +23,7 @@ CASES: dict[str, dict] = {
     "adamw-64M-clip": dict(P=16, N=1 << 22, clip=1.0, **STEP),
     "adamw-16M-ages": dict(P=4, N=1 << 22, ages=True, **STEP),
     "adamw-64M-8bit": dict(P=16, N=1 << 22, bits=8, **STEP),
+    "sm3-64M": dict(P=16, N=1 << 22, kind="sm3", **STEP),
     "adamw-small": dict(P=200, N=2048, **STEP),
 }
 
@@ -43,6 +44,8 @@ def small(case: dict) -> dict:
 def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
     """Operations: about fifteen an entry. Bytes: p, m, v read and written, g read, once each."""
     n = float(case["P"] * case["N"])
+    if case.get("kind") == "sm3":
+        return 8 * n, 3 * itemsize * n
     state = 2 if case.get("bits") == 8 else 8
     age = 8 if case.get("ages") else 0
     norm = itemsize if case.get("clip") else 0
@@ -50,13 +53,37 @@ def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
 
 
 def _parameters(inputs: dict) -> list[nn.Parameter]:
-    own = [nn.Parameter(p.clone()) for p in inputs["parameters"]]
+    shape = (-1, 2048) if inputs["parameters"].shape[1] % 2048 == 0 else (-1,)
+    own = [nn.Parameter(p.reshape(shape).clone()) for p in inputs["parameters"]]
     for p, g in zip(own, inputs["gradients"], strict=True):
-        p.grad = g
+        p.grad = g.reshape(shape)
     return own
 
 
+class _PlainSM3(torch.optim.Optimizer):
+    """The formula, tensor by tensor."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, q = self.state[p], p.view(-1, p.shape[-1])
+                g = p.grad.view(q.shape)
+                row = state.get("row", q.new_zeros(len(q), 1))
+                column = state.get("column", q.new_zeros(1, q.shape[1]))
+                s = torch.minimum(row, column).addcmul_(g, g)
+                state["row"] = torch.maximum(row, s.amax(1, keepdim=True))
+                state["column"] = torch.maximum(column, s.amax(0, keepdim=True))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                q.addcdiv_(g, s.add_(1e-8).sqrt_(), value=-group["lr"])
+
+
+_SM3 = dict(lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
+
+
 def _ours(case: dict, own: list[nn.Parameter], impl: str = "auto") -> torch.optim.Optimizer:
+    if case.get("kind") == "sm3":
+        return tilewright.SM3(own, **_SM3, impl=impl)
     return tilewright.AdamW(
         own, **OPTIONS, clip_norm=case.get("clip"), ages=bool(case.get("ages")),
         state_bits=case.get("bits", 32), impl=impl,
@@ -64,7 +91,20 @@ def _ours(case: dict, own: list[nn.Parameter], impl: str = "auto") -> torch.opti
 
 
 def _torch(how: str):
-    return lambda case, own: torch.optim.AdamW(own, **OPTIONS, **({how: True} if how else {}))
+    def make(case: dict, own: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if case.get("kind") == "sm3":
+            return _PlainSM3(own, _SM3)
+        return torch.optim.AdamW(own, **OPTIONS, **({how: True} if how else {}))
+
+    return make
+
+
+def _is_adamw(case: dict) -> bool:
+    return "kind" not in case
+
+
+def _is_sm3(case: dict) -> bool:
+    return not _is_adamw(case)
 
 
 def _bitsandbytes(case: dict, own: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -108,7 +148,8 @@ def _bitsandbytes_missing() -> str | None:
 
 VARIANTS = {
     "tilewright": _variant(_ours),
-    "torch fused": _variant(_torch("fused")),
-    "torch foreach": _variant(_torch("foreach")),
-    "bitsandbytes": _variant(_bitsandbytes, why_not=_bitsandbytes_missing),
+    "torch": _variant(_torch(""), applies=_is_sm3),
+    "torch fused": _variant(_torch("fused"), applies=_is_adamw),
+    "torch foreach": _variant(_torch("foreach"), applies=_is_adamw),
+    "bitsandbytes": _variant(_bitsandbytes, applies=_is_adamw, why_not=_bitsandbytes_missing),
 }

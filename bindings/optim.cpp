@@ -56,7 +56,8 @@ void adamw(int dtype, bool has_wide_gradient, bool has_wide_places, bool is_stoc
     const bool is_coded = s.mean_codes && s.square_codes && s.mean_scales && s.square_scales;
     TW_CHECK(item.n == 0 || (s.mean && s.square && !s.mean_codes) || (is_coded && !s.mean), op, ": tensor ",
              i, " needs two states, in floats or in codes with scales");
-    TW_CHECK(!item.ages != !item.step, op, ": tensor ", i, " needs ages or a step, and not both");
+    TW_CHECK(item.n == 0 || !item.ages != !item.step, op, ": tensor ", i,
+             " needs ages or a step, and not both");
     TW_CHECK(!is_stochastic || dtype_of(op, dtype) == tw::DType::bf16, op,
              ": rounding at random is for bfloat16");
   }
@@ -96,9 +97,42 @@ double sum_of_squares(int dtype, const std::vector<int64_t>& fields, int threads
   return sum;
 }
 
+// parameter, gradient, row, column, row offsets, columns
+void sm3(int dtype, bool has_wide_gradient, int64_t n_rows, int64_t n_columns, int64_t parameter,
+         int64_t gradient, int64_t row, int64_t column, int64_t row_offsets, int64_t columns,
+         bool has_short_columns, bool is_compact, double lr, double eps, double weight_decay, double scale,
+         int threads) {
+  const char* op = "sm3_update";
+  TW_CHECK(n_rows >= 0 && n_columns >= 0 && threads >= 1, op, ": ", n_rows, " rows, ", n_columns,
+           " columns, ", threads, " threads; need at least 0, 0 and 1");
+  TW_CHECK(!row_offsets == !columns || n_columns == 0, op, ": row offsets need columns");
+  tw::Sm3Call call = {};
+  call.dtype = dtype_of(op, dtype);
+  call.has_wide_gradient = has_wide_gradient && call.dtype != tw::DType::f32;
+  call.n_rows = n_rows;
+  call.n_columns = n_columns;
+  call.parameter = pointer<void>(parameter);
+  call.gradient = pointer<const void>(gradient);
+  call.row = pointer<float>(row);
+  call.column = pointer<float>(column);
+  call.row_offsets = pointer<const int64_t>(row_offsets);
+  call.columns = pointer<const void>(columns);
+  call.has_short_columns = has_short_columns;
+  call.is_compact = is_compact;
+  call.lr = lr;
+  call.eps = eps;
+  call.weight_decay = weight_decay;
+  call.scale = static_cast<float>(scale);
+  call.threads = threads;
+  if (n_rows == 0 || n_columns == 0) return;
+  py::gil_scoped_release release;
+  if (!tw::sm3(call)) throw std::runtime_error("sm3_update: no memory for scratch");
+}
+
 }  // namespace
 
 void register_optim(py::module_& m) {
   m.def("adamw", &adamw);
+  m.def("sm3", &sm3);
   m.def("sum_of_squares", &sum_of_squares);
 }

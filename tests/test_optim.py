@@ -284,7 +284,7 @@ def test_refusals():
     (p,) = start([(6,)])
     for options, message in (
         ({"lr": -1.0}, "AdamW: lr is -1.0, need 0 or more"),
-        ({"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0, need 0 <= beta < 1"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\), need 0 <= beta < 1"),
         ({"eps": float("nan")}, "eps is nan"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0, need more than 0"),
         ({"narrow": "up"}, "no narrow 'up'. Known: nearest, stochastic, master"),

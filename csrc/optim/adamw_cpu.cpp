@@ -89,21 +89,52 @@ inline void round_lanes(bf16* to, const float* x, uint32_t key, int64_t first, c
   }
 }
 
+// (1 / (1 - beta1^age) times lr, 1 / sqrt(1 - beta2^age))
+struct Correction {
+  float rate, inverse;
+};
+inline Correction correction_at(const AdamwCall& call, const AdamwPlan& plan, int32_t age) {
+  if (age >= plan.n_ages && !plan.is_settled)
+    return {static_cast<float>(call.lr / (1.0 - pow(call.beta1, age))),
+            static_cast<float>(1.0 / sqrt(1.0 - pow(call.beta2, age)))};
+  const float* both = plan.by_age + 2 * most(1, least(age, plan.n_ages - 1));
+  return {static_cast<float>(call.lr) * both[0], both[1]};
+}
+
 // What each lane is corrected by; its age goes one step on.
-inline void correct_lanes(const AdamwCall& call, const AdamwPlan& plan, int32_t* ages, int n, float* rate,
-                          float* inverse) {
-  const float lr = static_cast<float>(call.lr);
+inline void correct_lanes(const AdamwCall& call, const AdamwPlan& plan, int32_t* ages, int n, vf& rate,
+                          vf& inverse) {
+  int32_t differ = 0;
   for (int l = 0; l < n; ++l) {
-    const int64_t age = most(1, int64_t{++ages[l]});
-    if (age >= plan.n_ages && !plan.is_settled) {
-      rate[l] = static_cast<float>(call.lr / (1.0 - pow(call.beta1, static_cast<double>(age))));
-      inverse[l] = static_cast<float>(1.0 / sqrt(1.0 - pow(call.beta2, static_cast<double>(age))));
-      continue;
-    }
-    const float* both = plan.by_age + 2 * least(age, plan.n_ages - 1);
-    rate[l] = lr * both[0];
-    inverse[l] = both[1];
+    differ |= ages[l] ^ ages[0];
+    ++ages[l];
   }
+  if (!differ) {  // as where nothing has come or gone for a while
+    const Correction same = correction_at(call, plan, ages[0]);
+    rate = set1(same.rate);
+    inverse = set1(same.inverse);
+    return;
+  }
+  float of_rate[W] = {}, of_inverse[W] = {};
+  for (int l = 0; l < n; ++l) {
+    const Correction its = correction_at(call, plan, ages[l]);
+    of_rate[l] = its.rate;
+    of_inverse[l] = its.inverse;
+  }
+  rate = load(of_rate);
+  inverse = load(of_inverse);
+}
+
+template <class T>
+inline vf load_some(const T* p, int n) {
+  return n == W ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_some(T* p, vf x, int n) {
+  if (n == W)
+    store(p, x);
+  else
+    store_n(p, x, n);
 }
 
 // What update_plain leaves out as well: ages, places, float masters, rounding at random. mean and square are
@@ -116,17 +147,16 @@ void update_any(const AdamwCall& call, const AdamwPlan& plan, const Constants& k
   const G* gradient = static_cast<const G*>(item.gradient);
   const int32_t* narrow_places = static_cast<const int32_t*>(item.places);
   const int64_t* wide_places = static_cast<const int64_t*>(item.places);
+  const bool is_stochastic = call.narrow == Narrow::stochastic;
   vf rate = set1(plan.corrections[2 * number]), inverse = set1(plan.corrections[2 * number + 1]);
   uint32_t ages[W];
   for (int l = 0; l < W; ++l) ages[l] = item.step ? static_cast<uint32_t>(*item.step) : 0;
   for (int64_t i = begin; i < end; i += W) {
     const int n = static_cast<int>(least(W, end - i));
     if (item.ages) {
-      float of_rate[W] = {}, of_inverse[W] = {};
-      correct_lanes(call, plan, item.ages + i, n, of_rate, of_inverse);
-      rate = load(of_rate);
-      inverse = load(of_inverse);
-      for (int l = 0; l < n; ++l) ages[l] = static_cast<uint32_t>(item.ages[i + l]);
+      correct_lanes(call, plan, item.ages + i, n, rate, inverse);
+      if (is_stochastic)
+        for (int l = 0; l < n; ++l) ages[l] = static_cast<uint32_t>(item.ages[i + l]);
     }
     int64_t places[W];
     T of_p[W] = {};
@@ -138,16 +168,22 @@ void update_any(const AdamwCall& call, const AdamwPlan& plan, const Constants& k
         of_g[l] = gradient[places[l]];
       }
     }
-    vf p = item.master ? load_n(item.master + i, n) : item.places ? load(of_p) : load_n(parameter + i, n);
-    vf m = load_n(mean + i - begin, n), v = load_n(square + i - begin, n);
-    step(k, item.places ? load(of_g) : load_n(gradient + i, n), rate, inverse, p, m, v);
-    store_n(mean + i - begin, m, n);
-    store_n(square + i - begin, v, n);
-    if (item.master) store_n(item.master + i, p, n);
+    vf p = item.master   ? load_some(item.master + i, n)
+           : item.places ? load(of_p)
+                         : load_some(parameter + i, n);
+    vf m = load_some(mean + i - begin, n), v = load_some(square + i - begin, n);
+    step(k, item.places ? load(of_g) : load_some(gradient + i, n), rate, inverse, p, m, v);
+    store_some(mean + i - begin, m, n);
+    store_some(square + i - begin, v, n);
+    if (item.master) store_some(item.master + i, p, n);
 
+    if (!item.places && !is_stochastic) {
+      store_some(parameter + i, p, n);
+      continue;
+    }
     store(of_p, p);
     if constexpr (is_same<T, bf16>) {
-      if (call.narrow == Narrow::stochastic) {
+      if (is_stochastic) {
         float exact[W];
         store(exact, p);
         round_lanes(of_p, exact, item.key, i, ages);

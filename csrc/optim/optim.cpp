@@ -24,6 +24,10 @@ void squares_at_level(const SquaresCall& call, const int64_t* first_chunks, doub
   TW_AT_LEVEL(isa_for(call.dtype), sum_of_squares, call, first_chunks, sums)
 }
 
+void sm3_at_level(const Sm3Call& call, float* largest) {
+  TW_AT_LEVEL(isa_for(call.dtype), sm3, call, largest)
+}
+
 template <class Sizes>
 void count_chunks(const Sizes& size_of, int64_t n_items, int64_t* first_chunks) {
   first_chunks[0] = 0;
@@ -110,6 +114,16 @@ bool sum_of_squares(const SquaresCall& call, double* sum) {
   count_chunks([&](int64_t i) { return call.items[i].n; }, call.n_items, first_chunks);
   squares_at_level(call, first_chunks, sums);
   for (int64_t c = 0; c < n_chunks; ++c) *sum += sums[c];
+  give_workspace(block);
+  return true;
+}
+
+bool sm3(const Sm3Call& call) {
+  Arena measured{nullptr};
+  for (int i = 0; i < call.threads; ++i) measured.take<float>(call.n_columns);
+  char* block = take_workspace(reinterpret_cast<int64_t>(measured.at));
+  if (!block) return false;
+  sm3_at_level(call, reinterpret_cast<float*>(block));
   give_workspace(block);
   return true;
 }

@@ -75,9 +75,32 @@ struct SquaresCall {
 // The sum of the squares of all elements; false: no memory for scratch.
 bool sum_of_squares(const SquaresCall& call, double* sum);
 
+// s = min(row, column) + g^2, row and column are the largest s so far      p = p (1 - lr decay) - lr g /
+// sqrt(s + eps)
+//
+// over all cells of a matrix, or those that row_offsets and columns name; there parameter and gradient hold
+// either all cells or, compact, the named ones.
+struct Sm3Call {
+  DType dtype;
+  bool has_wide_gradient;
+  int64_t n_rows, n_columns;
+  void* parameter;
+  const void* gradient;
+  float *row, *column;
+  const int64_t* row_offsets;  // (n_rows + 1), or null: all cells
+  const void* columns;         // int32, or uint16 where has_short_columns
+  bool has_short_columns;
+  bool is_compact;
+  double lr, eps, weight_decay;
+  float scale;
+  int threads;
+};
+bool sm3(const Sm3Call& call);  // false: no memory for scratch
+
 #define TW_OPTIM_KERNELS(level)                                                                           \
   namespace level {                                                                                       \
   void adamw(const AdamwCall& call, const AdamwPlan& plan);                                               \
+  void sm3(const Sm3Call& call, float* largest); /* (threads, n_columns) */                               \
   void sum_of_squares(const SquaresCall& call, const int64_t* first_chunks, double* sums); /* by chunk */ \
   }
 TW_OPTIM_KERNELS(portable)

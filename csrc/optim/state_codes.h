@@ -37,28 +37,31 @@ inline float value_of(uint32_t code) {
   return code < 8 ? static_cast<float>(code) * step : normal;
 }
 
-inline float largest_of(const float* x, int n) {
-  float largest = 0.0f;
+// The largest magnitude, NaN if there is one: bits without their sign are in the order of what they stand
+// for.
+inline float largest_of(const float* __restrict x, int n) {
+  uint32_t largest = 0;
   for (int i = 0; i < n; ++i) {
-    const float magnitude = bits_as<float>(bits_as<uint32_t>(x[i]) & 0x7fffffffu);
+    const uint32_t magnitude = bits_as<uint32_t>(x[i]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  return largest;
+  return bits_as<float>(largest);
 }
 
-inline void read_means(const uint8_t* codes, float scale, float* x, int n) {
+inline void read_means(const uint8_t* __restrict codes, float scale, float* __restrict x, int n) {
   for (int i = 0; i < n; ++i) {
-    const float magnitude = scale * value_of<kMeanExponents>(codes[i] & 0x7fu);
-    x[i] = bits_as<float>(bits_as<uint32_t>(magnitude) | (codes[i] & 0x80u) << 24);
+    const uint32_t code = codes[i];
+    const float magnitude = scale * value_of<kMeanExponents>(code & 0x7fu);
+    x[i] = bits_as<float>(bits_as<uint32_t>(magnitude) | (code & 0x80u) << 24);
   }
 }
-inline void read_squares(const uint8_t* codes, float scale, float* x, int n) {
+inline void read_squares(const uint8_t* __restrict codes, float scale, float* __restrict x, int n) {
   for (int i = 0; i < n; ++i) x[i] = scale * value_of<kSquareExponents>(codes[i]);
 }
 inline float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 inline float at_most_one(float x) { return x < 1.0f ? x : 1.0f; }
 
-inline float write_means(const float* x, uint8_t* codes, int n) {
+inline float write_means(const float* __restrict x, uint8_t* __restrict codes, int n) {
   const float scale = largest_of(x, n), inverse = inverse_of(scale);
   for (int i = 0; i < n; ++i) {
     const uint32_t u = bits_as<uint32_t>(x[i]);
@@ -68,11 +71,12 @@ inline float write_means(const float* x, uint8_t* codes, int n) {
   return scale;
 }
 // What is not 0 gets no code of 0: a step divides by its root.
-inline float write_squares(const float* x, uint8_t* codes, int n) {
+inline float write_squares(const float* __restrict x, uint8_t* __restrict codes, int n) {
   const float scale = largest_of(x, n), inverse = inverse_of(scale);
   for (int i = 0; i < n; ++i) {
     const uint32_t code = code_of<kSquareExponents>(at_most_one(x[i] * inverse));
-    codes[i] = static_cast<uint8_t>(code | (code == 0 && x[i] > 0.0f ? 1u : 0u));
+    const uint32_t least_code = x[i] > 0.0f ? 1u : 0u;
+    codes[i] = static_cast<uint8_t>(code > least_code ? code : least_code);
   }
   return scale;
 }

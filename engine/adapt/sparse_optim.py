@@ -6,53 +6,25 @@ from typing import Any
 
 import torch
 
-from tilewright.ops import Regrowth
+from tilewright.ops import SM3, AdamW, Cells, Regrowth
 
 
-class DeltaAdamW(torch.optim.Optimizer):
+class DeltaAdamW(AdamW):
     """AdamW in which each value counts its own steps, as values come at different times.
-
-        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        age = age + 1
-        value = value (1 - lr decay) - lr (m / (1 - b1^age)) / (sqrt(v / (1 - b2^age)) + eps)
 
     params         (N,) parameters, of float32 or bfloat16; moments are float32, ages int32
     lr             0 or more
     betas          b1 and b2
     eps            more than 0
     weight_decay   towards the weight without its delta
+    options        of `AdamW`
 
     Source: Loshchilov and Hutter, arXiv 1711.05101; ages: Ansell et al., arXiv 2401.16405.
     """
 
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        _expect_options("DeltaAdamW", lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0.0 <= b < 1.0 for b in betas):
-            raise ValueError(f"DeltaAdamW: betas are {betas}, need 0 <= beta < 1")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
-        loss = _loss(closure)
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, g = self.state[p], p.grad.float()
-                if not state:
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(g)
-                    state["age"] = torch.zeros_like(g, dtype=torch.int32)
-                m, v, age = (state[n] for n in ("exp_avg", "exp_avg_sq", "age"))
-                age += 1
-                m.lerp_(g, 1 - b1)
-                v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                ages = age.double()  # 1 - 0.999^1 in float32 is off by 1e-5
-                first, second = (1 - b1**ages).float(), (1 - b2**ages).float()
-                change = (m / first) / ((v / second).sqrt() + group["eps"])
-                value = p.float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * change
-                p.copy_(value)
-        return loss
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
+        _expect_eps("DeltaAdamW", eps)
+        super().__init__(params, lr, betas, eps, weight_decay, ages=True, **options)
 
     @torch.no_grad()
     def carry(self, p: torch.Tensor, regrown: Regrowth, watch: Any, betas=None) -> None:
@@ -75,63 +47,35 @@ class DeltaAdamW(torch.optim.Optimizer):
             state[name].copy_(regrown.carry(state[name], seed))
 
 
-class DeltaSM3(torch.optim.Optimizer):
+class DeltaSM3(SM3):
     """SM3 over a delta: O + I numbers of state for N values, which new ones need not be given.
-
-        s = min(row[o], column[i]) + g^2       row[o] = max over its values of s, column[i] likewise
-        value = value (1 - lr decay) - lr g / sqrt(s + eps)
 
     layers         whose delta_values train; their places are read at each step
     lr             0 or more; about 100 times Adam's
     eps            more than 0
     weight_decay   towards the weight without its delta
+    options        of `SM3`
 
     Source: Anil et al., arXiv 1901.11150; Ansell et al., arXiv 2401.16405, section 3.2.
     """
 
-    def __init__(self, layers, lr=1e-3, eps=1e-8, weight_decay=0.0):
-        _expect_options("DeltaSM3", lr=lr, eps=eps, weight_decay=weight_decay)
-        self._layers = {layer.delta_values: layer for layer in layers}
-        super().__init__(list(self._layers), dict(lr=lr, eps=eps, weight_decay=weight_decay))
+    _OWN = (*SM3._OWN, "_layers")
 
-    @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
-        loss = _loss(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                delta, g = self._layers[p].delta, p.grad.float()
-                row, column = self.extremes(p)
-                o, i = delta.rows(), delta.wide_columns()
-                s = torch.minimum(row[o], column[i]).addcmul_(g, g)
-                row.scatter_reduce_(0, o, s, "amax")
-                column.scatter_reduce_(0, i, s, "amax")
-                value = p.float() * (1 - group["lr"] * group["weight_decay"])
-                p.copy_(value - group["lr"] * g / (s + group["eps"]).sqrt())
-        return loss
+    def __init__(self, layers, lr=1e-3, eps=1e-8, weight_decay=0.0, **options):
+        _expect_eps("DeltaSM3", eps)
+        self._layers = {layer.delta_values: layer for layer in layers}
+        super().__init__(list(self._layers), lr, eps, weight_decay, **options)
+
+    def _cells(self, p: torch.Tensor) -> Cells:
+        delta = self._layers[p].delta.short()
+        n_out, n_in = delta.shape
+        return Cells(n_out, n_in, delta.row_offsets, delta.columns, is_compact=True)
 
     def extremes(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(O,) and (I,) float32 of a parameter."""
-        state = self.state[p]
-        if not state:
-            n_out, n_in = self._layers[p].delta.shape
-            state["row"] = torch.zeros(n_out, device=p.device)
-            state["column"] = torch.zeros(n_in, device=p.device)
-        return state["row"], state["column"]
+        return self._extremes(p, Cells(*self._layers[p].delta.shape))
 
 
-def _loss(closure):
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _expect_options(name: str, *, lr: float, eps: float, weight_decay: float) -> None:
-    if not 0.0 <= lr < float("inf"):
-        raise ValueError(f"{name}: lr is {lr}, need 0 or more")
+def _expect_eps(name: str, eps: float) -> None:
     if not 0.0 < eps < float("inf"):
         raise ValueError(f"{name}: eps is {eps}, need more than 0")
-    if not 0.0 <= weight_decay < float("inf"):
-        raise ValueError(f"{name}: weight_decay is {weight_decay}, need 0 or more")

@@ -35,7 +35,7 @@ from tilewright.ops.moe import (
     update_router_bias,
 )
 from tilewright.ops.norm import embedding, geglu, layer_norm, rms_norm, rope, swiglu
-from tilewright.ops.optim import AdamW, adamw_update, gradient_norm
+from tilewright.ops.optim import SM3, AdamW, Cells, adamw_update, gradient_norm, sm3_update
 from tilewright.ops.quant import (
     FP4,
     FP8,
@@ -78,7 +78,9 @@ __all__ = [
     "FP8",
     "MXFP4",
     "NF4",
+    "SM3",
     "AdamW",
+    "Cells",
     "ErrorStatistics",
     "ExpertsLora",
     "Int4",
@@ -142,6 +144,7 @@ __all__ = [
     "save_deltas",
     "save_packed",
     "share_to_regrow",
+    "sm3_update",
     "soft_moe",
     "swiglu",
     "to_bitsandbytes",

@@ -71,11 +71,12 @@ class AdamW(FusedOptimizer):
         maximize: bool = False,
         impl: str = "auto",
     ):
-        expect_adamw_options("AdamW", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        name = type(self).__name__
+        expect_adamw_options(name, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if narrow not in NARROW:
-            raise ValueError(f"AdamW: no narrow {narrow!r}. Known: {', '.join(NARROW)}")
+            raise ValueError(f"{name}: no narrow {narrow!r}. Known: {', '.join(NARROW)}")
         if state_bits not in (8, 32):
-            raise ValueError(f"AdamW: state_bits is {state_bits}, need 8 or 32")
+            raise ValueError(f"{name}: state_bits is {state_bits}, need 8 or 32")
         self._ages, self._narrow, self._bits, self._seed = ages, narrow, state_bits, seed
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, defaults, clip_norm=clip_norm, only=only, impl=impl)
@@ -122,7 +123,9 @@ class AdamW(FusedOptimizer):
         Entries that go on training keep their state, new ones begin with none and age 0.
         """
         if self._bits == 8 and self.state.get(p):
-            raise ValueError("AdamW: restrict cannot move states in 8 bits, need state_bits 32")
+            raise ValueError(
+                f"{self._name}: restrict cannot move states in 8 bits, need state_bits 32"
+            )
         places = self._as_places(p, chosen)
         state = self.state.get(p)
         if state:
@@ -151,7 +154,7 @@ class AdamW(FusedOptimizer):
         is_coded = state["exp_avg"].dtype == torch.uint8
         if is_coded != (self._bits == 8):
             raise ValueError(
-                f"AdamW: the state dict holds states of {8 if is_coded else 32} bits, need "
+                f"{self._name}: the state dict holds states of {8 if is_coded else 32} bits, need "
                 f"{self._bits} as in state_bits"
             )
         if "step" in state:  # torch's older state dicts have a plain number

@@ -9,7 +9,7 @@ import torch
 from tilewright import choose
 from tilewright.ops.optim import op
 from tilewright.ops.optim.problem import NEAREST, PARAMETERS, ROUNDINGS, STOCHASTIC, Problem
-from tilewright.shapes import expect_device, expect_dtype
+from tilewright.shapes import expect_device, expect_dtype, expect_shapes
 
 DTYPES = (*PARAMETERS, torch.float64)
 Tensors = Sequence[torch.Tensor]
@@ -90,6 +90,77 @@ def adamw_update(
     )  # fmt: skip
 
 
+def sm3_update(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    *,
+    lr: float,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    row_offsets: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+    gradient_scale: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """One SM3 step of a matrix, or of some of its cells, in one pass over memory; `SM3` calls it.
+
+        s = min(row[r], column[c]) + g^2
+        row[r] = max of row[r] and the s of its cells      column[c] likewise
+        p = p (1 - lr decay) - lr g / sqrt(s + eps), or p (1 - lr decay) where s + eps is 0
+
+    parameter       (R, C), or of named cells alone (N,); changed
+    gradient        as the parameter, or float32
+    row, column     (R,) and (C,) float32; changed
+    lr              a plain number, as eps and weight_decay
+    row_offsets     (R + 1,) int64, from 0 to N: where the named cells of each row begin; None: all
+                    cells
+    columns         (N,) int32, or int16 read modulo 2^16: the named cells' columns
+    gradient_scale  () float32 that gradients are multiplied by; where it is not finite, nothing
+                    is changed
+    impl            "auto", "reference", "cpp_cpu" or "triton_gpu"
+
+    Dtypes: float32, bfloat16, float16 (float64: reference only). Arithmetic is float32. Results are
+    bitwise the same for any number of threads.
+    ValueError: a shape, dtype or value outside the above (that columns are distinct in a row and in
+    range is not looked at). RuntimeError: `impl` was named and cannot run here.
+
+    Source: Anil et al., Memory-efficient adaptive optimization, arXiv 1901.11150, SM3-II.
+    """
+    name = "sm3_update"
+    expect_dtype(name, DTYPES, parameter=parameter)
+    tensors = dict(gradient=gradient, row=row, column=column)
+    named = dict(row_offsets=row_offsets, columns=columns)
+    expect_device(name, parameter=parameter, **tensors, **named)
+    if (row_offsets is None) != (columns is None):
+        raise ValueError(f"{name}: only one of row_offsets and columns is given, need both or none")
+    expect_shapes(name, row=(row, "R"), column=(column, "C"))
+    if row_offsets is None or columns is None:
+        expect_shapes(name, parameter=(parameter, "RC"), row=(row, "R"), column=(column, "C"))
+    else:
+        _expect_state(name, "row_offsets", row_offsets, row.numel() + 1, (torch.int64,), parameter)
+        of_columns = (torch.int32, torch.int16)
+        _expect_state(name, "columns", columns, columns.numel(), of_columns, parameter)
+        if parameter.dim() == 1:
+            expect_shapes(name, columns=(columns, "N"), parameter=(parameter, "N"))
+        else:
+            expect_shapes(name, parameter=(parameter, "RC"), row=(row, "R"), column=(column, "C"))
+    if gradient.shape != parameter.shape or gradient.dtype not in (parameter.dtype, torch.float32):
+        raise ValueError(
+            f"{name}: gradient has shape {tuple(gradient.shape)} and is {gradient.dtype}, need "
+            f"{tuple(parameter.shape)} as parameter, and {parameter.dtype} or torch.float32"
+        )
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    for what, t in (("row", row), ("column", column)):
+        _expect_state(name, what, t, t.numel(), (wide,), parameter)
+    expect_options(name, lr=lr, eps=eps, weight_decay=weight_decay)
+    op.call_sm3(
+        parameter, gradient, row, column, row_offsets, columns, gradient_scale, lr, eps,
+        weight_decay, impl,
+    )  # fmt: skip
+
+
 def gradient_norm(gradients: Tensors, *, impl: str = "auto") -> torch.Tensor:
     """The Euclidean norm of all gradients together, in one pass that writes nothing.
 
@@ -117,9 +188,8 @@ def gradient_norm(gradients: Tensors, *, impl: str = "auto") -> torch.Tensor:
 
 
 def expect_adamw_options(name: str, *, betas, **others) -> None:
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}: betas[{i}] is {beta}, need 0 <= beta < 1")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{name}: betas are {tuple(betas)}, need 0 <= beta < 1")
     expect_options(name, **others)
 
 
@@ -178,6 +248,8 @@ _CANDIDATES = (choose.implementation_of("optim", "cpp_cpu"), choose.REFERENCE)
 
 def _register(name: str) -> None:
     def described(tensors, *rest, **kwargs) -> Problem:
+        if isinstance(tensors, torch.Tensor):
+            tensors = [tensors]
         if not tensors:
             return Problem(name, "cpu", torch.float32)
         return Problem(name, tensors[0].device.type, tensors[0].dtype)
@@ -190,5 +262,5 @@ def _register(name: str) -> None:
     choose.register(choose.Operator(name, _CANDIDATES, described, samples))
 
 
-for _name in ("adamw_update", "gradient_norm"):
+for _name in ("adamw_update", "sm3_update", "gradient_norm"):
     _register(_name)

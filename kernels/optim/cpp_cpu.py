@@ -72,3 +72,23 @@ def sum_of_squares(gradients) -> torch.Tensor:
     fields = [part for g in held for part in (g.numel(), g.data_ptr())]
     total = native().sum_of_squares(NUMBERS[held[0].dtype], fields, torch.get_num_threads())
     return torch.tensor(total, dtype=torch.float64)
+
+
+def sm3_update(
+    parameter, gradient, row, column, row_offsets, columns, gradient_scale, lr, eps, weight_decay
+) -> None:
+    scale = 1.0 if gradient_scale is None else float(gradient_scale)
+    if not math.isfinite(scale) or (columns is not None and columns.numel() == 0):
+        return
+    p = parameter if parameter.is_contiguous() else _plain(parameter)
+    wide = gradient.dtype != p.dtype
+    g = _plain(gradient.float() if wide else gradient)
+    native().sm3(
+        NUMBERS[p.dtype], wide, row.numel(), column.numel(), p.data_ptr(), g.data_ptr(),
+        row.data_ptr(), column.data_ptr(), 0 if row_offsets is None else row_offsets.data_ptr(),
+        0 if columns is None else columns.data_ptr(),
+        columns is not None and columns.dtype == torch.int16, p.dim() == 1, lr, eps, weight_decay,
+        scale, torch.get_num_threads(),
+    )  # fmt: skip
+    if p is not parameter:
+        parameter.copy_(p)

@@ -14,7 +14,7 @@ import torch
 from tilewright import choose, settings
 from tilewright.direct import may_go_direct
 from tilewright.ops.optim import reference
-from tilewright.ops.optim.problem import STOCHASTIC, Problem
+from tilewright.ops.optim.problem import STOCHASTIC, Problem, rows_and_columns
 
 library = torch.library.Library("tilewright", "FRAGMENT")
 
@@ -25,6 +25,11 @@ library.define(
     "Tensor(f!)[] mean_scales, Tensor(g!)[] square_scales, Tensor? gradient_scale, float lr, "
     "float beta1, float beta2, float eps, float weight_decay, str rounding, int[] keys, str impl) "
     "-> ()"
+)
+library.define(
+    "sm3_update(Tensor(a!) parameter, Tensor gradient, Tensor(b!) row, Tensor(c!) column, "
+    "Tensor? row_offsets, Tensor? columns, Tensor? gradient_scale, float lr, float eps, "
+    "float weight_decay, str impl) -> ()"
 )
 library.define("sum_of_squares(Tensor[] gradients, str impl) -> Tensor")
 
@@ -60,6 +65,28 @@ class _ReferenceImplementation:
             whole = p.reshape(-1).double()
             whole[at] = new
             p.copy_(whole.view(p.shape))
+
+    @staticmethod
+    def sm3_update(
+        parameter, gradient, row, column, row_offsets, columns, gradient_scale, lr, eps,
+        weight_decay,
+    ) -> None:  # fmt: skip
+        if gradient_scale is not None and not gradient_scale.isfinite():
+            return
+        rows, cells = rows_and_columns(row.numel(), column.numel(), row_offsets, columns)
+        whole = parameter.reshape(-1).double()
+        at = slice(None)
+        if row_offsets is not None and parameter.dim() == 2:
+            at = rows * column.numel() + cells
+        g = gradient.reshape(-1)[at].double()
+        g = g if gradient_scale is None else g * gradient_scale
+        new, new_row, new_column = reference.sm3(
+            whole[at], g, row, column, rows, cells, lr, eps, weight_decay
+        )
+        whole[at] = new
+        parameter.copy_(whole.view(parameter.shape))
+        row.copy_(new_row)
+        column.copy_(new_column)
 
     @staticmethod
     def sum_of_squares(gradients):
@@ -100,18 +127,35 @@ def call_adamw(parameters, *rest) -> None:
         torch.ops.tilewright.adamw_update(parameters, *rest)
 
 
+def _sm3(parameter, *rest) -> None:
+    _chosen("sm3_update", rest[-1], parameter).sm3_update(parameter, *rest[:-1])
+
+
+def call_sm3(parameter, *rest) -> None:
+    if may_go_direct(parameter):
+        _sm3(parameter, *rest)
+        torch.autograd.graph.increment_version(parameter)
+    else:
+        torch.ops.tilewright.sm3_update(parameter, *rest)
+
+
 def call_sum_of_squares(gradients, impl) -> torch.Tensor:
     if may_go_direct(*gradients):
         return _sum_of_squares(gradients, impl)
     return torch.ops.tilewright.sum_of_squares(gradients, impl)
 
 
-for _operator, _function in (("adamw_update", _adamw), ("sum_of_squares", _sum_of_squares)):
+for _operator, _function in (
+    ("adamw_update", _adamw),
+    ("sm3_update", _sm3),
+    ("sum_of_squares", _sum_of_squares),
+):
     library.impl(_operator, _function, "CPU")
     library.impl(_operator, _function, "CUDA")
 
 
 @torch.library.register_fake("tilewright::adamw_update", lib=library)
+@torch.library.register_fake("tilewright::sm3_update", lib=library)
 def _(*arguments):
     return None
 

@@ -22,3 +22,13 @@ class Problem(NamedTuple):
     operator: str
     device: str
     dtype: torch.dtype
+
+
+def rows_and_columns(n_rows: int, n_columns: int, row_offsets, columns):
+    """(N,) int64 each: the cells that a call is about, all of them where none are named."""
+    if row_offsets is None:
+        cells = torch.arange(n_rows * n_columns)
+        return cells // max(n_columns, 1), cells % max(n_columns, 1)
+    rows = torch.repeat_interleave(torch.arange(n_rows), row_offsets.diff().cpu())
+    wide = columns.long()
+    return rows.to(columns.device), wide & 0xFFFF if columns.dtype == torch.int16 else wide
