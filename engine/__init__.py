@@ -12,6 +12,7 @@ import torch  # noqa: F401
 from tilewright.adapt import accelerate, restore
 from tilewright.choose import explain
 from tilewright.generate import generate
+from tilewright.half import HalfPlan
 from tilewright.merge import merge
 from tilewright.ops import (
     FP4,
@@ -107,6 +108,7 @@ __all__ = [
     "AdamW",
     "ErrorStatistics",
     "ExpertsLora",
+    "HalfPlan",
     "Int4",
     "Int8",
     "LinearLayer",

@@ -11,7 +11,8 @@ from tilewright.files import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTION = ("dense", "shifted")
-ADAPTERS = ("none", "lora")
+ADAPTERS = ("none", "lora", "half")
+HALF_LEVELS = ("category", "layer", "model")
 USUAL_RANK = 16
 # these say where and how often, not what is computed: a resumed run may change them
 FREE_ON_RESUME = ("save_every", "device")
@@ -44,7 +45,11 @@ class TrainOptions:
     train               parts of parameter names to train besides LoRA, such as ("embed", "norm");
                         without LoRA only these are trained; empty: everything
     base                pack the frozen weights to this format, such as "nf4"; "": as they are
-    adapter             "none", or "lora", which is lora_rank 16 if that is not given
+    adapter             "none"; "lora", which is lora_rank 16 if that is not given; or "half": half
+                        of each layer's matrices, drawn by seed and half_round
+    half_ratio          share of the matrices that trains
+    half_level          "category", "layer" or "model": what the share is met in
+    half_round          number of the draw; another one for each stage of a training
     lora_rank           0: no LoRA
     lora_alpha          None: twice the rank
     lora_targets        module names, or ("all-linear",)
@@ -75,6 +80,9 @@ class TrainOptions:
     train: tuple[str, ...] = ()
     base: str = ""
     adapter: str = "none"
+    half_ratio: float = 0.5
+    half_level: str = "category"
+    half_round: int = 0
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ("all-linear",)
@@ -99,6 +107,7 @@ class TrainOptions:
             raise InputError(f"adapter is {self.adapter!r}, need {' or '.join(ADAPTERS)}")
         if self.adapter == "lora" and not self.lora_rank:
             object.__setattr__(self, "lora_rank", USUAL_RANK)
+        self._check_half()
         if self.base:
             quant_config(self.base)
             if not self.lora_rank:
@@ -108,10 +117,27 @@ class TrainOptions:
         if self.lora_rank and not self.lora_targets:
             raise InputError("lora_targets is empty, need module names or all-linear")
 
+    def _check_half(self) -> None:
+        if self.half_level not in HALF_LEVELS:
+            raise InputError(
+                f"half_level is {self.half_level!r}, need {', '.join(HALF_LEVELS[:-1])} or "
+                f"{HALF_LEVELS[-1]}"
+            )
+        if self.adapter != "half":
+            for name in ("half_ratio", "half_level", "half_round"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise InputError(f"{name} belongs to adapter 'half', which was not asked for")
+            return
+        if self.lora_rank:
+            raise InputError(f"adapter 'half' and lora_rank {self.lora_rank}: need one of them")
+        if self.train:
+            raise InputError("adapter 'half' decides what trains: leave out train")
+
     def _check_numbers(self) -> None:
         whole = {  # name: smallest
             "steps": 1, "context": 2, "rows": 1, "accumulate": 1, "warmup": 0, "seed": 0,
             "group_size": 1, "rope_target_length": 2, "lora_rank": 0, "save_every": 0,
+            "half_round": 0,
         }  # fmt: skip
         for name, smallest in whole.items():
             value = getattr(self, name)
@@ -124,7 +150,7 @@ class TrainOptions:
             "final_rate": (0, 1, True, True), "weight_decay": (0, math.inf, True, False),
             "beta1": (0, 1, True, False), "beta2": (0, 1, True, False),
             "clip_norm": (0, math.inf, True, False), "lora_alpha": (0, math.inf, False, False),
-            "lora_dropout": (0, 1, True, False),
+            "lora_dropout": (0, 1, True, False), "half_ratio": (0, 1, True, True),
         }  # fmt: skip
         for name, (low, high, with_low, with_high) in intervals.items():
             value = getattr(self, name)

@@ -29,6 +29,7 @@ from tilewright.data import (
     read_documents,
 )
 from tilewright.files import InputError
+from tilewright.half import HalfPlan
 from tilewright.progress import Progress, Silent
 from tilewright.quantized import quantize, quantized_layers
 
@@ -290,7 +291,7 @@ def finetune(
     trust_remote_code: bool = False,
     **options,
 ) -> FinetuneResult:
-    """Train a causal language model on text, all of it or LoRA, through tilewright's operators.
+    """Train a causal language model on text, all of it, half or LoRA, by tilewright's operators.
 
     model              a folder, a config.json or a preset (see `tilewright.pretrained.load`), or
                        a transformers model, which is changed in place
@@ -339,6 +340,10 @@ def finetune(
 
     torch.manual_seed(chosen.seed)
     trained = choose_parameters(loaded.model, chosen)
+    plan = None
+    if chosen.adapter == "half":
+        plan = HalfPlan(trained, chosen.half_level, chosen.half_ratio, chosen.seed)
+        plan.begin(chosen.half_round)
     if folder is not None and folder.is_finished:
         checkpoint.restore_weights(folder.path, trained)
     elif folder is not None and folder.start is not None:
@@ -358,6 +363,8 @@ def finetune(
         records = _run(trainer, rows, order, folder, loaded.tokenizer, bar)
     finally:
         bar.close()
+        if plan is not None:
+            plan.end()
         if report is not None:
             from tilewright import adapt
 
