@@ -87,6 +87,19 @@ def test_a_step_errs_at_most_twice_as_much_as_torchs(shape, dtype, impl):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_step_in_16_bits_is_the_rounding_of_the_exact_one(dtype, kernel):
+    """From 0, where a step that is 1 % too long shows in 16 bits."""
+    zeros = [nn.Parameter(torch.zeros(3001, dtype=dtype)) for _ in range(2)]
+    kernel.require("adamw_update", zeros)
+    gradients = gradients_of([(3001,)], dtype, steps=1)
+    (p, q), options = zeros, {**OPTIONS, "lr": 0.3}
+    train(tw.AdamW([p], **options, impl=kernel.name), [p], gradients)
+    ((truth, _),) = truth_of([q], gradients, **options)
+    assert (p != truth.to(dtype)).double().mean() < 0.01  # ties and near ties
+    assert ((1.01 * truth).to(dtype) != truth.to(dtype)).double().mean() > 0.5
+
+
 def test_many_steps_stay_as_exact_as_torchs(kernel):
     parameters = start([(501,)])
     gradients = gradients_of([(501,)], steps=300)

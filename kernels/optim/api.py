@@ -243,7 +243,11 @@ def _expect_state(name, what, t, n, dtypes, p) -> None:
         expect_device(name, **{"its parameter": p, what: t})
 
 
-_CANDIDATES = (choose.implementation_of("optim", "cpp_cpu"), choose.REFERENCE)
+_CANDIDATES = (
+    choose.implementation_of("optim", "triton_gpu"),
+    choose.implementation_of("optim", "cpp_cpu"),
+    choose.REFERENCE,
+)
 
 
 def _register(name: str) -> None:

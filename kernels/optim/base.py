@@ -68,7 +68,8 @@ class FusedOptimizer(Optimizer):
             if parameters:
                 one_way = scale
                 if group.get("maximize"):
-                    one_way = -scale if scale is not None else torch.tensor(-1.0)
+                    one_way = -gradients[0].new_ones((), dtype=torch.float32)
+                    one_way = one_way if scale is None else -scale
                 self._update(group, parameters, gradients, one_way)
         return loss
 
@@ -117,7 +118,7 @@ class FusedOptimizer(Optimizer):
                     g = g.reshape(-1)[self._places[p].long()]
                 where = (p.device_mesh, p.placements) if is_sharded(p) else None
                 alike.setdefault((where, g.device, g.dtype), []).append(g)
-        total = torch.zeros((), dtype=torch.float64)
+        total: torch.Tensor | None = None
         for (where, device, _), gradients in alike.items():
             squares = op.call_sum_of_squares(gradients, self.impl)
             if where is not None:
@@ -126,8 +127,8 @@ class FusedOptimizer(Optimizer):
                 mesh, placements = where
                 parts = [Partial() if placed.is_shard() else Replicate() for placed in placements]
                 squares = DTensor.from_local(squares, mesh, parts).full_tensor()
-            total = total.to(device) + squares
-        return total.sqrt()
+            total = squares if total is None else total.to(device) + squares
+        return (torch.zeros((), dtype=torch.float64) if total is None else total).sqrt()
 
     # --- chosen entries ---
 

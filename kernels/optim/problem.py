@@ -29,6 +29,7 @@ def rows_and_columns(n_rows: int, n_columns: int, row_offsets, columns):
     if row_offsets is None:
         cells = torch.arange(n_rows * n_columns)
         return cells // max(n_columns, 1), cells % max(n_columns, 1)
-    rows = torch.repeat_interleave(torch.arange(n_rows), row_offsets.diff().cpu())
+    rows = torch.arange(n_rows, device=columns.device)
+    rows = torch.repeat_interleave(rows, row_offsets.diff(), output_size=columns.numel())
     wide = columns.long()
-    return rows.to(columns.device), wide & 0xFFFF if columns.dtype == torch.int16 else wide
+    return rows, wide & 0xFFFF if columns.dtype == torch.int16 else wide
