@@ -30,6 +30,7 @@ from tilewright.data import (
 )
 from tilewright.files import InputError
 from tilewright.half import HalfPlan
+from tilewright.ops import AdamW
 from tilewright.progress import Progress, Silent
 from tilewright.quantized import quantize, quantized_layers
 
@@ -88,15 +89,31 @@ class Trainer:
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
         self.parameters = trained
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=peak, betas=(options.beta1, options.beta2),
-            fused=True,
-        )  # fmt: skip
+        self.optimizer = self._optimizer([g for g in groups if g["params"]])
         # the sum over micro-batches is right only if forward divides by the count that it is given
         base = pretrained.base_of(model)
         parameters = inspect.signature(base.forward).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD or p.name == "num_items_in_batch" for p in parameters):
             raise InputError(f"model {type(base).__name__} does not take num_items_in_batch")
+
+    def _optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
+        betas = (self.options.beta1, self.options.beta2)
+        if self.options.stock:
+            return torch.optim.AdamW(groups, lr=self.peak, betas=betas, fused=True)
+        limit = self.options.clip_norm or math.inf
+        return AdamW(groups, lr=self.peak, betas=betas, clip_norm=limit)
+
+    def _update(self) -> float:
+        """One step of the optimizer, unless the gradient is not finite; returns its norm."""
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.step()
+            assert self.optimizer.last_norm is not None
+            return float(self.optimizer.last_norm)
+        limit = self.options.clip_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        return norm
 
     @overload
     def step(self, step: int, micro_batches: Sequence[dict]) -> Step: ...
@@ -130,17 +147,14 @@ class Trainer:
             loss.backward()
             total += loss.detach().double().cpu()
 
-        limit = self.options.clip_norm or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
-        if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            self.optimizer.zero_grad()
-            what = "loss" if not math.isfinite(total) else "gradient"
-            raise TrainingError(f"{what} is not finite at step {step + 1}")
         rate = learning_rate_at(step, self.n_steps, self.options, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        grad_norm = self._update() if math.isfinite(total) else math.nan
         self.optimizer.zero_grad()
+        if not math.isfinite(grad_norm):
+            what = "loss" if not math.isfinite(total) else "gradient"
+            raise TrainingError(f"{what} is not finite at step {step + 1}")
         n_tokens = sum(b["input_ids"].numel() for b in micro_batches)
         return Step(float(total), grad_norm, rate, n_tokens, n_valid, time.perf_counter() - start_s)
 

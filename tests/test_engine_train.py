@@ -158,8 +158,8 @@ def gradients(n_micro, rows):
     model = tiny_model()
     trainer = Trainer(model, TrainOptions(clip_norm=0.0), 10, 1e-3)
     seen = {}
-    trainer.optimizer.step = lambda: seen.update(
-        {n: p.grad.clone() for n, p in model.named_parameters()}
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     )
     size = 8 // n_micro
     done = trainer.step(0, [rows.batch(range(i, i + size)) for i in range(0, 8, size)])
@@ -194,14 +194,26 @@ def test_gradient_norm_is_torchs_and_clipping_rescales(uneven_rows):
     free, grads = gradients(2, uneven_rows)
     expected = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads.values()]))
     assert free.grad_norm == pytest.approx(float(expected), rel=1e-5)
-    model, clipped = tiny_model(), {}
-    trainer = Trainer(model, TrainOptions(clip_norm=0.5), 10, 1e-3)
-    trainer.optimizer.step = lambda: clipped.update(
-        {n: p.grad.clone() for n, p in model.named_parameters()}
-    )
-    trainer.step(0, [uneven_rows.batch(range(4)), uneven_rows.batch(range(4, 8))])
-    for name, grad in clipped.items():
-        torch.testing.assert_close(grad, grads[name] * 0.5 / (expected + 1e-6), msg=name)
+    for stock in (False, True):
+        model = tiny_model()
+        options = TrainOptions(clip_norm=0.5, stock=stock)
+        trainer = Trainer(model, options, 10, 1e-3)
+        done = trainer.step(0, [uneven_rows.batch(range(4)), uneven_rows.batch(range(4, 8))])
+        assert done.grad_norm == pytest.approx(float(expected), rel=1e-5)
+        for name, p in model.named_parameters():  # the first mean is a share of the gradient
+            mean = trainer.optimizer.state[p]["exp_avg"] / (1 - options.beta1)
+            torch.testing.assert_close(mean, grads[name] * 0.5 / (expected + 1e-6), msg=name)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_gradient_that_is_not_finite_updates_nothing(stock, uneven_rows):
+    model = tiny_model()
+    trainer = Trainer(model, TrainOptions(stock=stock), 10, 1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.get_input_embeddings().weight.register_hook(lambda g: g * math.inf)
+    with pytest.raises(TrainingError, match="gradient is not finite at step 1"):
+        trainer.step(0, [uneven_rows.batch(range(8))])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_schedule():

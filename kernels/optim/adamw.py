@@ -28,7 +28,8 @@ class AdamW(FusedOptimizer):
     eps           0 or more
     weight_decay  decoupled from the gradient, as torch.optim.AdamW's
     clip_norm     gradients of all groups together are scaled down to this norm as they are read,
-                  none is written; None: as they are. `last_norm` is the norm before clipping
+                  none is written; `last_norm` is the norm before that. math.inf: the norm is
+                  measured and nothing clipped; None: it is not measured either
     only          parameter -> what of it trains: a bool mask of its shape, or (N,) distinct places
                   in the flattened parameter. State is kept for these alone, and each counts its
                   own age, so that `restrict` can change them later

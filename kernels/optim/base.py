@@ -30,7 +30,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(self, params, defaults, *, clip_norm, only, impl):
         self._name = type(self).__name__
-        if clip_norm is not None and not 0.0 < clip_norm < float("inf"):
+        if clip_norm is not None and not clip_norm > 0.0:
             raise ValueError(f"{self._name}: clip_norm is {clip_norm}, need more than 0, or None")
         self.clip_norm, self.impl = clip_norm, impl
         self.last_norm: torch.Tensor | None = None
