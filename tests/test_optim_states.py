@@ -132,7 +132,7 @@ def test_restricting_what_was_whole_keeps_its_state():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_master_copy_loses_nothing(dtype):
+def test_a_master_copy_loses_nothing(dtype, kernel):
     p, wide = parameter(999, dtype=dtype), nn.Parameter(parameter(999, dtype=dtype).float())
     optimizer = tw.AdamW([p], lr=1e-4, narrow="master", weight_decay=0.0)
     exact = tw.AdamW([wide], lr=1e-4, weight_decay=0.0)
@@ -169,7 +169,7 @@ def test_rounding_at_random_is_right_in_the_mean_and_the_same_in_every_run():
     assert abs(torch.corrcoef(both)[0, 1]) < 0.03
 
 
-def test_rounding_at_random_goes_up_as_often_as_it_should():
+def test_rounding_at_random_goes_up_as_often_as_it_should(kernel):
     n, step = 200_000, 2.0**-10  # a quarter of the digit below 1
     p, g = torch.ones(n, dtype=torch.bfloat16), torch.ones(n, dtype=torch.bfloat16)
     m, v, age = torch.ones(n), torch.ones(n), torch.full((), 10_000.0)
@@ -188,6 +188,46 @@ def test_rounding_at_random_goes_up_as_often_as_it_should():
 # --- 8 bits ---
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("narrow", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize("only", [False, True])
+@pytest.mark.parametrize("ages", [False, True])
+def test_options_combine(ages, only, narrow, bits, kernel):
+    """Against float64, as near as one rounding in 16 bits and the codes of 8 bits allow."""
+    p = parameter(1000, dtype=torch.bfloat16)
+    start, mask = p.detach().double(), torch.arange(1000) % 3 > 0
+    optimizer = tw.AdamW([p], **OPTIONS, ages=ages, narrow=narrow, state_bits=bits,
+                         only={p: mask} if only else None)  # fmt: skip
+    train(optimizer, p, 2)
+    m, v, q = torch.zeros(1000), torch.zeros(1000), start
+    for n in range(2):
+        g = gradient(n, p.shape, p.dtype)
+        q, m, v = reference.adamw(q, g, m, v, torch.tensor(n + 1), 1e-2, 0.9, 0.99, 1e-6, 0.1)
+    moves, digit = (q - start).abs(), start.abs().clamp(min=2**-7) * 2**-7
+    slack = 2 * digit + (0.2 * moves if bits == 8 else 0)
+    trained = mask if only else torch.ones(1000, dtype=torch.bool)
+    assert ((p.double() - q).abs() <= slack)[trained].all()
+    assert torch.equal(p[~trained].double(), start[~trained])
+    assert (p.double() != start)[trained].double().mean() > 0.5
+    kept = {n: t.numel() for n, t in optimizer.state[p].items()}
+    assert kept["exp_avg"] == trained.sum() and ("step" in kept) == (not ages and not only)
+
+
+def test_every_level_rounds_at_random_alike():
+    native = pytest.importorskip("tilewright.native").native()
+    before, ends = native.isa(), []
+    try:
+        for level in native.isa_levels()[: native.isa_levels().index(native.best_isa()) + 1]:
+            native.set_isa(level)
+            p = parameter(5001, dtype=torch.bfloat16)
+            train(tw.AdamW([p], **OPTIONS, narrow="stochastic"), p, 3)
+            ends.append(p.detach())
+    finally:
+        native.set_isa(before)
+    # a fused product may round the last bit of a float differently, and seldom the bfloat16
+    assert len(ends) > 1 and all((e != ends[0]).double().mean() < 1e-3 for e in ends)
+
+
 def decoded(state, name):
     is_mean = name == "exp_avg"
     return reference.decoded_state(
@@ -196,7 +236,7 @@ def decoded(state, name):
     )  # fmt: skip
 
 
-def test_codes_of_8_bits_err_as_little_as_the_readme_says(kernel_once):
+def test_codes_of_8_bits_err_as_little_as_the_readme_says(kernel):
     """By at most 1/16 of a number above the least normal one, and half a step below."""
     n = 3 * STATE_BLOCK + 17
     p = nn.Parameter(torch.zeros(n))
@@ -401,6 +441,38 @@ def test_explain_and_version_counters():
     train(tw.AdamW([p]), p, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_torchs_distributed_checkpoints_keep_the_state():
+    from torch.distributed.checkpoint import state_dict as of_torch
+
+    model = _network()
+    optimizer = tw.AdamW(model.parameters(), ages=True, clip_norm=1.0)
+    for n in range(3):
+        model(gradient(n, (8, 7))).sum().backward()
+        optimizer.step()
+    saved = of_torch.get_optimizer_state_dict(model, optimizer)
+    other = copy.deepcopy(model)
+    again = tw.AdamW(other.parameters(), ages=True, clip_norm=1.0)
+    of_torch.set_optimizer_state_dict(other, again, saved)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for name, held in optimizer.state[p].items():
+            kept = again.state[q][name]
+            assert torch.equal(kept, held) and kept.dtype == held.dtype
+
+
+def test_a_compiled_step_is_the_same(clean_memory):
+    ends = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        p = parameter(40, 3)
+        optimizer = tw.AdamW([p], **OPTIONS, clip_norm=0.5)
+        step = torch.compile(optimizer.step, backend="aot_eager") if is_compiled else optimizer.step
+        for n in range(3):
+            p.grad = gradient(n, p.shape)
+            step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
 
 
 # --- two ranks ---

@@ -101,29 +101,49 @@ inline Correction correction_at(const AdamwCall& call, const AdamwPlan& plan, in
   return {static_cast<float>(call.lr) * both[0], both[1]};
 }
 
-// What each lane is corrected by; its age goes one step on.
-inline void correct_lanes(const AdamwCall& call, const AdamwPlan& plan, int32_t* ages, int n, vf& rate,
-                          vf& inverse) {
+// Makes the ages of `n` lanes one step older; whether they agree.
+inline bool grow_older(int32_t* ages, int n) {
+  const int32_t first = ages[0];
   int32_t differ = 0;
-  for (int l = 0; l < n; ++l) {
-    differ |= ages[l] ^ ages[0];
-    ++ages[l];
+  if (n == W) {
+    for (int l = 0; l < W; ++l) {
+      differ |= ages[l] ^ first;
+      ages[l] += 1;
+    }
+  } else {
+    for (int l = 0; l < n; ++l) {
+      differ |= ages[l] ^ first;
+      ages[l] += 1;
+    }
   }
-  if (!differ) {  // as where nothing has come or gone for a while
-    const Correction same = correction_at(call, plan, ages[0]);
-    rate = set1(same.rate);
-    inverse = set1(same.inverse);
-    return;
-  }
-  float of_rate[W] = {}, of_inverse[W] = {};
-  for (int l = 0; l < n; ++l) {
-    const Correction its = correction_at(call, plan, ages[l]);
-    of_rate[l] = its.rate;
-    of_inverse[l] = its.inverse;
-  }
-  rate = load(of_rate);
-  inverse = load(of_inverse);
+  return differ == 0;
 }
+
+// What entries of mixed ages are corrected by, lane by lane.
+struct LaneCorrections {
+  int32_t age = 0;  // of the last vector whose lanes agreed
+  vf rate = zero(), inverse = zero();
+
+  void take(const AdamwCall& call, const AdamwPlan& plan, int32_t* ages, int n) {
+    if (grow_older(ages, n)) {  // as where nothing has come or gone for a while
+      if (ages[0] == age) return;
+      const Correction same = correction_at(call, plan, ages[0]);
+      rate = set1(same.rate);
+      inverse = set1(same.inverse);
+      age = ages[0];
+      return;
+    }
+    float of_rate[W] = {}, of_inverse[W] = {};
+    for (int l = 0; l < n; ++l) {
+      const Correction its = correction_at(call, plan, ages[l]);
+      of_rate[l] = its.rate;
+      of_inverse[l] = its.inverse;
+    }
+    rate = load(of_rate);
+    inverse = load(of_inverse);
+    age = 0;
+  }
+};
 
 template <class T>
 inline vf load_some(const T* p, int n) {
@@ -148,13 +168,17 @@ void update_any(const AdamwCall& call, const AdamwPlan& plan, const Constants& k
   const int32_t* narrow_places = static_cast<const int32_t*>(item.places);
   const int64_t* wide_places = static_cast<const int64_t*>(item.places);
   const bool is_stochastic = call.narrow == Narrow::stochastic;
-  vf rate = set1(plan.corrections[2 * number]), inverse = set1(plan.corrections[2 * number + 1]);
+  LaneCorrections corrected;
+  if (!item.ages) {
+    corrected.rate = set1(plan.corrections[2 * number]);
+    corrected.inverse = set1(plan.corrections[2 * number + 1]);
+  }
   uint32_t ages[W];
   for (int l = 0; l < W; ++l) ages[l] = item.step ? static_cast<uint32_t>(*item.step) : 0;
   for (int64_t i = begin; i < end; i += W) {
     const int n = static_cast<int>(least(W, end - i));
     if (item.ages) {
-      correct_lanes(call, plan, item.ages + i, n, rate, inverse);
+      corrected.take(call, plan, item.ages + i, n);
       if (is_stochastic)
         for (int l = 0; l < n; ++l) ages[l] = static_cast<uint32_t>(item.ages[i + l]);
     }
@@ -172,7 +196,8 @@ void update_any(const AdamwCall& call, const AdamwPlan& plan, const Constants& k
            : item.places ? load(of_p)
                          : load_some(parameter + i, n);
     vf m = load_some(mean + i - begin, n), v = load_some(square + i - begin, n);
-    step(k, item.places ? load(of_g) : load_some(gradient + i, n), rate, inverse, p, m, v);
+    step(k, item.places ? load(of_g) : load_some(gradient + i, n), corrected.rate, corrected.inverse, p, m,
+         v);
     store_some(mean + i - begin, m, n);
     store_some(square + i - begin, v, n);
     if (item.master) store_some(item.master + i, p, n);

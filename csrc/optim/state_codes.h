@@ -32,9 +32,10 @@ inline uint32_t code_of(float x) {
 template <int EXPONENTS>
 inline float value_of(uint32_t code) {
   constexpr uint32_t least_exponent = 127 - (EXPONENTS - 1);
-  constexpr float step = 1.0f / static_cast<float>(1u << (EXPONENTS - 1)) / 8.0f;
+  constexpr float least_normal = 1.0f / static_cast<float>(1u << (EXPONENTS - 1));
   const float normal = bits_as<float>((code + (least_exponent - 1) * 8) << 20);
-  return code < 8 ? static_cast<float>(code) * step : normal;
+  const float below = normal + normal - least_normal;  // of exponent 0: without the leading 1
+  return code < 8 ? below : normal;
 }
 
 // The largest magnitude, NaN if there is one: bits without their sign are in the order of what they stand
@@ -74,9 +75,10 @@ inline float write_means(const float* __restrict x, uint8_t* __restrict codes, i
 inline float write_squares(const float* __restrict x, uint8_t* __restrict codes, int n) {
   const float scale = largest_of(x, n), inverse = inverse_of(scale);
   for (int i = 0; i < n; ++i) {
-    const uint32_t code = code_of<kSquareExponents>(at_most_one(x[i] * inverse));
-    const uint32_t least_code = x[i] > 0.0f ? 1u : 0u;
-    codes[i] = static_cast<uint8_t>(code > least_code ? code : least_code);
+    const uint32_t u = bits_as<uint32_t>(x[i]) & 0x7fffffffu;
+    const uint32_t code = code_of<kSquareExponents>(at_most_one(bits_as<float>(u) * inverse));
+    const uint32_t is_something = (u + 0x7fffffffu) >> 31, has_no_code = (code - 1) >> 31;
+    codes[i] = static_cast<uint8_t>(code | (is_something & has_no_code));
   }
   return scale;
 }
