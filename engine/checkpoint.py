@@ -30,6 +30,7 @@ from tilewright.files import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # and what 8-bit states have besides
 
 
 class RunFolder:
@@ -163,8 +164,12 @@ def optimizer_tensors(
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
-        for moment in MOMENTS
+        for moment in _moments(optimizer)
     }
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return (*MOMENTS, *SCALES) if getattr(optimizer, "state_bits", 32) == 8 else MOMENTS
 
 
 def restore_optimizer(
@@ -176,7 +181,7 @@ def restore_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        for moment in MOMENTS:
+        for moment in _moments(optimizer):
             tensor = tensors.pop(f"{moment}.{name}", None)
             if tensor is None:
                 raise InputError(f"resume: {path} has no {moment} of {name}; start anew")

@@ -33,6 +33,7 @@ class TrainOptions:
     weight_decay        of matrices, none of vectors
     beta1               AdamW's decay of the mean gradient
     beta2               AdamW's decay of the mean square
+    state_bits          32, or 8: AdamW's state in 8 bits over blocks, a quarter of the memory
     clip_norm           largest norm of the gradient; 0: no clipping
     dtype               "float32", or "bfloat16": autocast over float32 weights
     seed                of new weights, LoRA's A, dropout and the order of rows
@@ -68,6 +69,7 @@ class TrainOptions:
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
+    state_bits: int = 32
     clip_norm: float = 1.0
     dtype: str = "float32"
     seed: int = 0
@@ -97,6 +99,11 @@ class TrainOptions:
         self._check_numbers()
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}, need {' or '.join(DTYPES)}")
+        if self.state_bits not in (8, 32) or (self.state_bits == 8 and self.stock):
+            beside = " with stock" if self.stock else ""
+            raise InputError(
+                f"state_bits is {self.state_bits!r}{beside}, need 32, or 8 without stock"
+            )
         if self.attention not in ATTENTION:
             raise InputError(f"attention is {self.attention!r}, need {' or '.join(ATTENTION)}")
         if self.attention == "shifted" and self.stock:

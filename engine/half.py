@@ -81,6 +81,7 @@ class HalfPlan:
             with plan.round(t, optimizer):
                 train(model, optimizer, stage)
 
+    A router of experts counts as a matrix of the MLP, and each fused matrix of experts as one.
     Embeddings, the output head, the norm after the last layer and vectors that are neither bias nor
     norm always train. What did not require a gradient when the plan was made stays so. For what
     stands still autograd computes no weight gradient and keeps no activation, and the optimizer

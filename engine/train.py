@@ -101,7 +101,9 @@ class Trainer:
         if self.options.stock:
             return torch.optim.AdamW(groups, lr=self.peak, betas=betas, fused=True)
         limit = self.options.clip_norm or math.inf
-        return AdamW(groups, lr=self.peak, betas=betas, clip_norm=limit)
+        return AdamW(
+            groups, lr=self.peak, betas=betas, clip_norm=limit, state_bits=self.options.state_bits
+        )
 
     def _update(self) -> float:
         """One step of the optimizer, unless the gradient is not finite; returns its norm."""

@@ -205,6 +205,29 @@ def test_gradient_norm_is_torchs_and_clipping_rescales(uneven_rows):
             torch.testing.assert_close(mean, grads[name] * 0.5 / (expected + 1e-6), msg=name)
 
 
+def test_a_run_with_8_bit_states_resumes_to_the_last_bit(tmp_path, monkeypatch):
+    documents = [[(7 * i + 3 * j) % 90 + 3 for j in range(60)] for i in range(12)]
+    options = dict(steps=4, context=32, learning_rate=1e-2, state_bits=8, save_every=2)
+    straight = tw.finetune(tiny_model(), documents, out=tmp_path / "one", **options)
+    step = Trainer.step
+
+    def stop_after_two(self, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "step", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        tw.finetune(tiny_model(), documents, out=tmp_path / "two", **options)
+    monkeypatch.undo()
+    resumed = tw.finetune(tiny_model(), documents, out=tmp_path / "two", resume=True, **options)
+    assert resumed.losses == straight.losses
+    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(files.InputError, match="state_bits is 8 with stock, need 32"):
+        TrainOptions(state_bits=8, stock=True)
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_a_gradient_that_is_not_finite_updates_nothing(stock, uneven_rows):
     model = tiny_model()

@@ -53,7 +53,7 @@ class AdamW(FusedOptimizer):
     Ansell et al., arXiv 2401.16405; 8 bits over blocks: Dettmers et al., arXiv 2110.02861.
     """
 
-    _OWN = (*FusedOptimizer._OWN, "_ages", "_narrow", "_bits", "_seed")
+    _OWN = (*FusedOptimizer._OWN, "_ages", "_narrow", "state_bits", "_seed")
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class AdamW(FusedOptimizer):
             raise ValueError(f"{name}: no narrow {narrow!r}. Known: {', '.join(NARROW)}")
         if state_bits not in (8, 32):
             raise ValueError(f"{name}: state_bits is {state_bits}, need 8 or 32")
-        self._ages, self._narrow, self._bits, self._seed = ages, narrow, state_bits, seed
+        self._ages, self._narrow, self.state_bits, self._seed = ages, narrow, state_bits, seed
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, defaults, clip_norm=clip_norm, only=only, impl=impl)
 
@@ -105,7 +105,7 @@ class AdamW(FusedOptimizer):
             state["age"] = zeros(torch.int32)
         else:
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(p).device)
-        if self._bits == 8:
+        if self.state_bits == 8:
             n_blocks = -(-local(zeros(torch.uint8)).numel() // STATE_BLOCK)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = zeros(torch.uint8)
@@ -123,7 +123,7 @@ class AdamW(FusedOptimizer):
 
         Entries that go on training keep their state, new ones begin with none and age 0.
         """
-        if self._bits == 8 and self.state.get(p):
+        if self.state_bits == 8 and self.state.get(p):
             raise ValueError(
                 f"{self._name}: restrict cannot move states in 8 bits, need state_bits 32"
             )
@@ -153,10 +153,10 @@ class AdamW(FusedOptimizer):
 
     def _adopt(self, p: torch.Tensor, state: dict[str, Any]) -> None:
         is_coded = state["exp_avg"].dtype == torch.uint8
-        if is_coded != (self._bits == 8):
+        if is_coded != (self.state_bits == 8):
             raise ValueError(
                 f"{self._name}: the state dict holds states of {8 if is_coded else 32} bits, need "
-                f"{self._bits} as in state_bits"
+                f"{self.state_bits} as in state_bits"
             )
         if "step" in state:  # torch's older state dicts have a plain number
             step = torch.as_tensor(state["step"], dtype=torch.float32).reshape(())
@@ -197,8 +197,8 @@ class AdamW(FusedOptimizer):
                 [local(p).detach() for p, _ in pairs], [g for _, g in pairs], each("exp_avg"),
                 each("exp_avg_sq"), [local(s["age"] if "age" in s else s["step"]) for s in states],
                 each("places") if has_places else [], each("master") if has_master else [],
-                each("exp_avg_scale") if self._bits == 8 else [],
-                each("exp_avg_sq_scale") if self._bits == 8 else [],
+                each("exp_avg_scale") if self.state_bits == 8 else [],
+                each("exp_avg_sq_scale") if self.state_bits == 8 else [],
                 None if scale is None else scale.to(device), float(group["lr"]), float(beta1),
                 float(beta2), float(group["eps"]), float(group["weight_decay"]),
                 STOCHASTIC if is_stochastic else NEAREST, [self._key(p) for p, _ in pairs],
