@@ -336,6 +336,35 @@ def test_state_dicts_that_are_refused():
             tw.AdamW([p], **options).load_state_dict(saved.state_dict())
 
 
+def test_states_that_do_not_fit_are_refused_before_a_kernel_sees_them():
+    (p,) = start([(600,)])
+    for options in ({}, {"ages": True}, {"state_bits": 8}, {"only": {p: torch.arange(90)}}):
+        optimizer = train(tw.AdamW([p], **options), [p], gradients_of([(600,)], steps=1))
+        state = optimizer.state[p]
+        for name, held in list(state.items()):
+            if name == "places":
+                continue
+            for wrong in (held.new_ones(held.numel() + 1), held.double()):
+                state[name] = wrong
+                with pytest.raises(ValueError, match=r"adamw_update: the .* of tensor 0 has"):
+                    optimizer.step()
+            state[name] = held
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["places"][-1] = 600
+    with pytest.raises(ValueError, match="holds place 600, need 0 to 599"):
+        tw.AdamW([p]).load_state_dict(saved)
+    matrix = nn.Parameter(torch.ones(4, 5))
+    optimizer = train(tw.SM3([matrix]), [matrix], gradients_of([(4, 5)], steps=1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["row"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"row in the state dict has shape \(3,\), need \(4,\)"):
+        tw.SM3([matrix]).load_state_dict(saved)
+    optimizer.state[matrix]["column"] = torch.ones(7)
+    with pytest.raises(ValueError, match="4 rows and 7 columns do not fit each other"):
+        optimizer.step()
+
+
 def call(**changed):
     p, g, m, v = (torch.ones(4) for _ in range(4))
     lists = dict(parameters=[p], gradients=[g], means=[m], squares=[v], ages=[torch.zeros(())])

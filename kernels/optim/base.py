@@ -115,7 +115,7 @@ class FusedOptimizer(Optimizer):
         for _, parameters, gradients in work:
             for p, g in zip(parameters, gradients, strict=True):
                 if p in self._places:
-                    g = g.reshape(-1)[self._places[p].long()]
+                    g = g.reshape(-1).index_select(0, self._places[p])
                 where = (p.device_mesh, p.placements) if is_sharded(p) else None
                 alike.setdefault((where, g.device, g.dtype), []).append(g)
         total: torch.Tensor | None = None
@@ -146,8 +146,8 @@ class FusedOptimizer(Optimizer):
                     f"{what} is {chosen.dtype} of {chosen.dim()} axes, need a bool mask, or (N,) "
                     "int32 or int64 places"
                 )
-            places = chosen.long().unique()
-            if len(places) != len(chosen):
+            places = chosen.long().sort().values
+            if bool((places[1:] == places[:-1]).any()):
                 raise ValueError(f"{what} holds a place twice")
             if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < p.numel():
                 stray = int(places[0]) if places[0] < 0 else int(places[-1])
@@ -184,7 +184,7 @@ class FusedOptimizer(Optimizer):
                 if isinstance(value, torch.Tensor):
                     state[name] = value.detach().to(local(p).device, copy=True)
             if "places" in state:
-                self._places[p] = state["places"]
+                state["places"] = self._places[p] = self._as_places(p, state["places"])
             if state:
                 self._adopt(p, state)
 

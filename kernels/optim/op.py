@@ -14,7 +14,7 @@ import torch
 from tilewright import choose, settings
 from tilewright.direct import may_go_direct
 from tilewright.ops.optim import reference
-from tilewright.ops.optim.problem import STOCHASTIC, Problem, rows_and_columns
+from tilewright.ops.optim.problem import STATE_BLOCK, STOCHASTIC, Problem, rows_and_columns
 
 library = torch.library.Library("tilewright", "FRAGMENT")
 
@@ -106,8 +106,38 @@ def _chosen(name: str, impl: str, t: torch.Tensor):
     return _found(name, impl, t.device.type, t.dtype, settings.forced_impl())
 
 
+def _expect_fitting(
+    parameters, gradients, means, squares, ages, places, masters, mean_scales, square_scales, *rest
+) -> None:
+    """What kernels trust: a state from a file may be of anything."""
+    for i, p in enumerate(parameters):
+        n = places[i].numel() if places else p.numel()
+        state = torch.float64 if p.dtype == torch.float64 else torch.float32
+        codes = torch.uint8 if mean_scales else state
+        age = ages[i]
+        expected = [
+            ("gradient", gradients[i], p.numel(), gradients[i].dtype), ("mean", means[i], n, codes),
+            ("square", squares[i], n, codes),
+            ("age", age, n, torch.int32) if age.dtype == torch.int32
+            else ("step", age, 1, torch.float32),
+        ]  # fmt: skip
+        if masters:
+            expected.append(("master", masters[i], n, torch.float32))
+        if mean_scales:
+            n_blocks = -(-n // STATE_BLOCK)
+            expected.append(("mean scale", mean_scales[i], n_blocks, torch.float32))
+            expected.append(("square scale", square_scales[i], n_blocks, torch.float32))
+        for what, t, count, dtype in expected:
+            if t.numel() != count or t.dtype != dtype or t.device != p.device:
+                raise ValueError(
+                    f"adamw_update: the {what} of tensor {i} has {t.numel()} elements of {t.dtype} "
+                    f"on {t.device}, need {count} of {dtype} on {p.device}"
+                )
+
+
 def _adamw(parameters, *rest) -> None:
     if parameters:
+        _expect_fitting(parameters, *rest)
         _chosen("adamw_update", rest[-1], parameters[0]).adamw_update(parameters, *rest[:-1])
 
 
@@ -128,6 +158,13 @@ def call_adamw(parameters, *rest) -> None:
 
 
 def _sm3(parameter, *rest) -> None:
+    gradient, row, column, row_offsets = rest[:4]
+    n = parameter.numel()
+    if (row_offsets is None and n != row.numel() * column.numel()) or n != gradient.numel():
+        raise ValueError(
+            f"sm3_update: {n} parameters, {gradient.numel()} gradients, {row.numel()} rows and "
+            f"{column.numel()} columns do not fit each other"
+        )
     _chosen("sm3_update", rest[-1], parameter).sm3_update(parameter, *rest[:-1])
 
 

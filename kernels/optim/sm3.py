@@ -48,6 +48,8 @@ class SM3(FusedOptimizer):
     Source: Anil et al., Memory-efficient adaptive optimization, arXiv 1901.11150, SM3-II.
     """
 
+    _OWN = (*FusedOptimizer._OWN, "_named")
+
     def __init__(
         self,
         params: Iterable,
@@ -62,6 +64,7 @@ class SM3(FusedOptimizer):
     ):
         expect_options(type(self).__name__, lr=lr, eps=eps, weight_decay=weight_decay)
         defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        self._named: dict[torch.Tensor, tuple[torch.Tensor, Cells]] = {}
         super().__init__(params, defaults, clip_norm=clip_norm, only=only, impl=impl)
 
     def _cells(self, p: torch.Tensor) -> Cells:
@@ -71,9 +74,15 @@ class SM3(FusedOptimizer):
         n_columns = p.numel() // max(n_rows, 1) if p.dim() else 1
         if p not in self._places:
             return Cells(n_rows, n_columns)
-        places = self._places[p].long()
+        chosen = self._places[p]
+        if self._named.get(p, (None,))[0] is not chosen:
+            self._named[p] = chosen, self._name_cells(chosen.long(), n_rows, n_columns)
+        return self._named[p][1]
+
+    @staticmethod
+    def _name_cells(places: torch.Tensor, n_rows: int, n_columns: int) -> Cells:
         rows = places // max(n_columns, 1)
-        row_offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=p.device)
+        row_offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
         row_offsets[1:] = torch.bincount(rows, minlength=n_rows).cumsum(0)
         return Cells(n_rows, n_columns, row_offsets, (places - rows * n_columns).int())
 
@@ -95,7 +104,13 @@ class SM3(FusedOptimizer):
 
     def _adopt(self, p: torch.Tensor, state: dict[str, Any]) -> None:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        for name in ("row", "column"):
+        cells = self._cells(p)
+        for name, n in (("row", cells.n_rows), ("column", cells.n_columns)):
+            if state[name].shape != (n,):
+                raise ValueError(
+                    f"{self._name}: {name} in the state dict has shape {tuple(state[name].shape)}, "
+                    f"need ({n},) for a parameter of shape {tuple(p.shape)}"
+                )
             state[name] = state[name].to(wide).contiguous()
 
     def _update(self, group, parameters, gradients, scale) -> None:
