@@ -478,12 +478,12 @@ def test_a_compiled_step_is_the_same(clean_memory):
 # --- two ranks ---
 
 
-def _sharded(rank, port, results):
+def _sharded(rank, meeting, results):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
         model = _network()
         for layer in model:
@@ -512,17 +512,12 @@ def _network():
     return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5))
 
 
-def test_sharded_over_two_ranks_equals_one_process():
-    import socket
-
+def test_sharded_over_two_ranks_equals_one_process(tmp_path):
     import torch.multiprocessing as mp
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.start_processes(_sharded, (port, results), nprocs=2, start_method="spawn")
+    mp.start_processes(_sharded, (tmp_path / "meeting", results), nprocs=2, start_method="spawn")
     norms, shapes, whole = results.get()
     model = _network()
     optimizer = tw.AdamW(model.parameters(), **OPTIONS, clip_norm=0.1)

@@ -11,9 +11,12 @@ from torch.optim.optimizer import Optimizer
 from tilewright.ops.optim import op
 from tilewright.ops.optim.api import DTYPES
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def is_sharded(t: torch.Tensor) -> bool:
-    return hasattr(t, "to_local")  # a DTensor, whose module is slow to import
+    # a DTensor, whose module is slow to import; so is asking a plain tensor for what it lacks
+    return type(t) not in _PLAIN and hasattr(t, "to_local")
 
 
 def local(t: Any) -> torch.Tensor:

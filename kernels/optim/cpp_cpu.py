@@ -21,6 +21,8 @@ def why_not(p: Problem) -> str | None:
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:
+    if t.is_contiguous() and not t.is_neg():
+        return t
     return t.contiguous().resolve_neg()
 
 
