@@ -179,6 +179,30 @@ def test_adamw_over_a_fixed_set_is_torchs():
     assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", [AG, MA], ids=["AG", "MA"])
+def test_clipping_on_the_way(method):
+    """The norm is that of all values' gradients; what is clipped is what enters the moments."""
+    model, (x, target) = two_layers(), (torch.randn(64, 40), torch.randn(64, 20))
+    tuner = tilewright.adapt(model, method)
+    optimizer = tuner.optimizer(lr=1e-2, clip_norm=1e-3)
+    (model(x) - target).square().mean().backward()
+    norm = torch.cat([p.grad for p in tuner.parameters()]).norm()
+    optimizer.step()
+    assert norm > 2e-3 and torch.allclose(optimizer.last_norm, norm)
+    if method is AG:
+        means = torch.cat([optimizer.state[p]["exp_avg"] for p in tuner.parameters()])
+        assert torch.allclose(means.norm(), torch.tensor(0.1 * 1e-3), rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_bits": 8}, {"narrow": "master"}, {"ages": True}, {"only": {}}], ids=str
+)
+def test_options_that_could_not_move_with_the_values(options):
+    tuner = tilewright.adapt(two_layers(), AG)
+    with pytest.raises(ValueError, match=r"DeltaAdamW: .* need it left out: values come and go"):
+        tuner.optimizer(**options)
+
+
 def test_ages_advance_where_values_are_of_16_bits():
     model = two_layers(torch.bfloat16)
     tuner = tilewright.adapt(model, SparseDelta(density=0.05, values="bfloat16"))

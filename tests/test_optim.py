@@ -291,6 +291,31 @@ def test_going_on_from_what_was_kept_changes_no_bit(options, how):
         assert torch.equal(ours, one_go)
 
 
+def test_transformers_trainer_takes_it_and_resumes_to_the_last_bit(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tiny_models import DECODERS, VOCABULARY
+
+    data = [{n: torch.randint(VOCABULARY, (11,)) for n in ("input_ids", "labels")}
+            for _ in range(16)]  # fmt: skip
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_steps=2, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        model = DECODERS["llama"]()
+        optimizer = tw.AdamW(model.parameters(), lr=1e-2, clip_norm=1.0, ages=True)
+        trainer = transformers.Trainer(
+            model, args, train_dataset=data, optimizers=(optimizer, None)
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = optimizer.state[next(iter(model.parameters()))]
+        assert (state["age"] == 4).all() and state["age"].dtype == torch.int32
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 # --- refusals ---
 
 

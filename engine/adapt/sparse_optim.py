@@ -17,13 +17,18 @@ class DeltaAdamW(AdamW):
     betas          b1 and b2
     eps            more than 0
     weight_decay   towards the weight without its delta
-    options        of `AdamW`
+    options        clip_norm, narrow ("nearest" or "stochastic"), seed, maximize and impl of `AdamW`
 
     Source: Loshchilov and Hutter, arXiv 1711.05101; ages: Ansell et al., arXiv 2401.16405.
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
         _expect_eps("DeltaAdamW", eps)
+        for name in options:  # what `carry` could not move with the values
+            if name in ("only", "ages", "state_bits") or options[name] == "master":
+                raise ValueError(
+                    f"DeltaAdamW: {name} is {options[name]!r}, need it left out: values come and go"
+                )
         super().__init__(params, lr, betas, eps, weight_decay, ages=True, **options)
 
     @torch.no_grad()
@@ -54,7 +59,7 @@ class DeltaSM3(SM3):
     lr             0 or more; about 100 times Adam's
     eps            more than 0
     weight_decay   towards the weight without its delta
-    options        of `SM3`
+    options        clip_norm, maximize and impl of `SM3`
 
     Source: Anil et al., arXiv 1901.11150; Ansell et al., arXiv 2401.16405, section 3.2.
     """
@@ -63,6 +68,8 @@ class DeltaSM3(SM3):
 
     def __init__(self, layers, lr=1e-3, eps=1e-8, weight_decay=0.0, **options):
         _expect_eps("DeltaSM3", eps)
+        if "only" in options:
+            raise ValueError("DeltaSM3: only is given, need it left out: deltas say what trains")
         self._layers = {layer.delta_values: layer for layer in layers}
         super().__init__(list(self._layers), lr, eps, weight_decay, **options)
 
