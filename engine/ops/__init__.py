@@ -11,6 +11,7 @@ from tilewright.ops.linear import (
     quantized_linear,
     sampled_product,
 )
+from tilewright.ops.loss import linear_cross_entropy, linear_log_probs
 from tilewright.ops.moe import (
     ExpertsLora,
     Route,
@@ -110,7 +111,9 @@ __all__ = [
     "keep_local",
     "largest_gradients",
     "layer_norm",
+    "linear_cross_entropy",
     "linear_group",
+    "linear_log_probs",
     "load_deltas",
     "load_loss",
     "load_packed",
