@@ -113,11 +113,12 @@ def linear_cross_entropy(
             raise ValueError(f"{name}: denominator is {denominator}, need a number above 0")
         denominator = torch.full((), denominator, dtype=torch.float32, device=h.device)
     elif denominator.numel() != 1:
-        shape = tuple(denominator.shape)
-        raise ValueError(f"{name}: denominator has shape {shape}, need one element")
-    denominator = denominator.to(weight_of_labels).reshape(())
+        raise ValueError(
+            f"{name}: denominator has shape {tuple(denominator.shape)}, need one element"
+        )
+    below = torch.as_tensor(denominator).to(weight_of_labels).reshape(())
     # a batch without labels has a denominator of 0, and no loss
-    factor = torch.where(denominator > 0, 1 / denominator.clamp(min=1e-38), 0.0)
+    factor = torch.where(below > 0, 1 / below.clamp(min=1e-38), 0.0)
     return _summed(head, upstream, factor, name, n_labels, impl)
 
 
@@ -157,10 +158,10 @@ def linear_log_probs(
     """
     name = "linear_log_probs"
     head = describe_head(name, h, weight, bias, None, softcap, logit_scale)
-    shape = h.shape[:-1]
+    shape = tuple(h.shape[:-1])
     if labels.dim() == len(shape) + 1:
         shape = (*shape, labels.shape[-1])
-    if tuple(labels.shape) != tuple(shape) or labels.dtype not in INTEGERS:
+    if tuple(labels.shape) != shape or labels.dtype not in INTEGERS:
         raise ValueError(
             f"{name}: labels is {labels.dtype} of shape {tuple(labels.shape)}, need torch.int64 or "
             f"torch.int32 of shape {tuple(h.shape[:-1])}, or with one more axis"
@@ -308,14 +309,14 @@ def _summed(head: Head, upstream: Upstream, factor, name, n_labels, impl) -> tor
     """The loss of all tokens, times a factor."""
     # float16 would lose gradients to underflow, so there the factor comes last
     if factor is not None and head.h.dtype != torch.float16:
-        upstream = Upstream(*(None if t is None else t * factor for t in upstream))
-        factor = None
+        whole, factor = factor, None
+        upstream = upstream.mapped(lambda t: t * whole)
     if op.wants_gradient(*head[:3]):
         loss = op.call_loss(head, upstream, name, n_labels, impl)
     else:
         wants_total = upstream.for_total is not None
-        found = op.call_statistics(head, wants_total, name, n_labels, impl)
-        loss = op.summed(*found, upstream)
+        log_probs, lse, total = op.call_statistics(head, wants_total, name, n_labels, impl)
+        loss = op.summed(log_probs, lse, total, upstream)
     return loss if factor is None else loss * factor
 
 

@@ -38,7 +38,10 @@ class _WeightGradient:
         self.sums = self.result if is_wide else None
         if not is_wide and n_blocks > 1:
             self.sums = weight.new_empty(weight.shape, dtype=torch.float32)
-        self.is_first = True
+        self.is_first = True  # and of no blocks at all the sum is 0
+
+    def rounded(self) -> torch.Tensor:
+        return self.result.zero_() if self.is_first else self.result
 
     def add(self, dlogits: torch.Tensor, h: torch.Tensor) -> None:
         self.left -= 1
@@ -62,12 +65,6 @@ class _WeightGradient:
         self.is_first = False
 
 
-def _rows_of(t: torch.Tensor | None, kept, block: slice) -> torch.Tensor | None:
-    if t is None:
-        return None
-    return t[block] if kept is None else t[kept[block]]
-
-
 def run(
     over_block: Pass,
     head: Head,
@@ -88,79 +85,51 @@ def run(
         return _run(over_block, head, upstream, stats, wants, wants_total, skips)
 
 
-def _run(over_block, head, upstream, stats, wants, wants_total, skips) -> Found:
-    h, weight, n_tokens = head.h, head.weight, head.h.shape[0]
+def _run(over_block, head: Head, upstream, stats, wants, wants_total, skips) -> Found:
+    h, weight = head.h, head.weight
     asked = (head.ids >= 0).any(1)
-    kept = None
-    if skips and not bool(asked.all()):
-        kept = asked.nonzero()[:, 0]
-    elif not skips and upstream is not None:
-        upstream = Upstream(
-            upstream.for_ids,
-            *(None if t is None else torch.where(asked, t, 0.0) for t in upstream[1:]),
-        )
-    n_kept = n_tokens if kept is None else kept.numel()
-    is_backward = stats is not None
-    wide = {"dtype": torch.float32}
-    new = h.new_empty if kept is None else h.new_zeros
-    found = Found(
-        log_probs=new(head.ids.shape, **wide),
-        lse=new(n_tokens, **wide),
-        total=new(n_tokens, **wide) if wants_total else None,
-        stats=new(2, n_tokens, **wide) if stats is None else stats,
-        dh=new(h.shape) if wants[0] else None,
-    )
-    if n_kept == 0 or h.numel() == 0:
-        dweight = weight.new_zeros(weight.shape) if wants[1] else None
-        dbias = head.bias.new_zeros(head.bias.shape) if wants[2] else None
-        return found._replace(dweight=dweight, dbias=dbias)
+    kept = None if not skips or bool(asked.all()) else asked.nonzero()[:, 0]
+    ids, is_backward = head.ids, stats is not None
+    if kept is not None:
+        ids = ids[kept]
+        upstream = None if upstream is None else upstream.rows(kept)
+        stats = None if stats is None else stats[:, kept]
+    elif upstream is not None and not skips:
+        upstream = upstream.mapped(lambda t: t * asked if t.dim() == 1 else t)
+    n_kept, n_classes = ids.shape[0], weight.shape[0]
 
-    n_block = block_tokens(n_kept, weight.shape[0], h.element_size())
-    logits = h.new_empty(n_block, weight.shape[0])
-    dweight = _WeightGradient(weight, -(-n_kept // n_block)) if wants[1] else None
-    dbias = torch.zeros(weight.shape[0], device=h.device, **wide) if wants[2] else None
+    def floats(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=h.device)
+
+    total = floats(n_kept) if wants_total else None
+    stats = floats(2, n_kept) if stats is None else stats
+    found = Found(floats(*ids.shape), floats(n_kept), total, stats)
+    dh = None
+    if wants[0]:
+        dh = h.new_empty(h.shape) if kept is None else h.new_zeros(h.shape)
+    n_block = max(1, block_tokens(n_kept, n_classes, h.element_size()))
+    sums = _WeightGradient(weight, -(-n_kept // n_block)) if wants[1] else None
+    dbias = torch.zeros(n_classes, device=h.device) if wants[2] else None
+    logits = h.new_empty(min(n_block, n_kept), n_classes)
     for begin in range(0, n_kept, n_block):
         block = slice(begin, min(n_kept, begin + n_block))
-        n = block.stop - begin
-        h_block, of_block = _rows_of(h, kept, block), logits[:n]
+        h_block, of_block = h[block if kept is None else kept[block]], logits[: block.stop - begin]
         torch.mm(h_block, weight.t(), out=of_block)
-        of_found = Found(
-            log_probs=found.log_probs[block],
-            lse=found.lse[block],
-            total=None if found.total is None else found.total[block],
-            stats=found.stats[:, block],
-        )
-        if kept is not None:
-            places = kept[block]
-            of_found = Found(*(None if t is None else t.new_empty(t.shape) for t in of_found))
-            if is_backward:
-                of_found.stats.copy_(stats[:, places])
-        of_upstream = None
-        if upstream is not None:
-            of_upstream = Upstream(*(_rows_of(t, kept, block) for t in upstream))
-        of_head = head._replace(h=h_block, ids=_rows_of(head.ids, kept, block))
-        over_block(of_head, of_block, of_upstream, of_found, is_backward)
-        if kept is not None:
-            found.log_probs[places] = of_found.log_probs
-            found.lse[places] = of_found.lse
-            if found.total is not None:
-                found.total[places] = of_found.total
-            if not is_backward:
-                found.stats[:, places] = of_found.stats
-        if found.dh is not None:
-            if kept is None:
-                torch.mm(of_block, weight, out=found.dh[block])
-            else:
-                found.dh[places] = torch.mm(of_block, weight)
-        if dweight is not None:
-            dweight.add(of_block, h_block)
+        of_upstream = None if upstream is None else upstream.rows(block)
+        of_head = head._replace(h=h_block, ids=ids[block])
+        over_block(of_head, of_block, of_upstream, found.rows(block), is_backward)
+        if dh is not None and kept is None:
+            torch.mm(of_block, weight, out=dh[block])
+        elif dh is not None and kept is not None:
+            dh[kept[block]] = torch.mm(of_block, weight)
+        if sums is not None:
+            sums.add(of_block, h_block)
         if dbias is not None:
             dbias += of_block.sum(0, dtype=torch.float32)
-    if kept is None and not skips and not is_backward:
-        for t in (found.lse, found.total):
-            if t is not None:
-                t.masked_fill_(~asked, 0.0)
-    return found._replace(
-        dweight=None if dweight is None else dweight.result,
-        dbias=None if dbias is None else dbias.to(head.bias.dtype),
-    )
+    if kept is not None:
+        found = found.spread(kept, h.shape[0])
+    elif not skips and not is_backward:
+        found.lse.masked_fill_(~asked, 0.0)
+        if found.total is not None:
+            found.total.masked_fill_(~asked, 0.0)
+    return found._replace(dh=dh, dweight=None if sums is None else sums.rounded(), dbias=dbias)

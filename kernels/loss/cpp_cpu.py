@@ -60,9 +60,8 @@ def run(
     wants: tuple[bool, bool, bool] = (False, False, False),
     wants_total: bool = False,
 ) -> Found:
-    of_bias = None if head.bias is None else head.bias.dtype
-    head = head._replace(bias=_floats(head.bias), class_weight=_floats(head.class_weight))
-    found = blocks.run(over_block, head, upstream, stats, wants, wants_total)
-    if found.dbias is None:
+    wide = head._replace(bias=_floats(head.bias), class_weight=_floats(head.class_weight))
+    found = blocks.run(over_block, wide, upstream, stats, wants, wants_total)
+    if found.dbias is None or head.bias is None:
         return found
-    return found._replace(dbias=found.dbias.to(of_bias))
+    return found._replace(dbias=found.dbias.to(head.bias.dtype))

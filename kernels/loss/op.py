@@ -47,25 +47,25 @@ class _ReferenceImplementation:
     @staticmethod
     def run(head, upstream=None, stats=None, wants=(False, False, False), wants_total=False):
         with torch.enable_grad(), torch.autocast(head.h.device.type, enabled=False):
-            like = head[:3]
+            like = (head.h, head.weight, head.bias)
             leaves = [None if t is None else t.detach().double().requires_grad_() for t in like]
-            h, weight, bias = leaves
-            log_probs, lse, total = reference.head(h, weight, bias, *head[3:])
-            grads: list = [None, None, None]
+            log_probs, lse, total = reference.head(*leaves, *head[3:])
+            grads: list[torch.Tensor | None] = [None, None, None]
             if upstream is not None:
-                made = (log_probs, total, lse, lse.square())
-                loss = sum(
-                    (m * u.double()).sum()
-                    for m, u in zip(made, upstream, strict=True)
-                    if u is not None
-                )
-                wanted = [i for i in range(3) if wants[i]]
-                made = torch.autograd.grad(loss, [leaves[i] for i in wanted])
-                for i, g in zip(wanted, made, strict=True):
-                    grads[i] = g.to(like[i].dtype)
-        of = {"dtype": head.h.dtype if head.h.dtype == torch.float64 else torch.float32}
-        found = (log_probs, lse, total if wants_total else None, lse.new_zeros(2, lse.shape[0]))
-        return Found(*(None if t is None else t.detach().to(**of) for t in found), *grads)
+                terms = zip((log_probs, total, lse, lse.square()), upstream, strict=True)
+                loss = sum((t * u.double()).sum() for t, u in terms if u is not None)
+                for i, (t, leaf) in enumerate(zip(like, leaves, strict=True)):
+                    if wants[i] and t is not None and leaf is not None:
+                        (g,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+                        grads[i] = g.to(t.dtype)
+        of = {"dtype": kept_dtype(head.h.dtype)}
+        log_probs, lse, total = (t.detach().to(**of) for t in (log_probs, lse, total))
+        nothing = lse.new_zeros(2, lse.shape[0])
+        return Found(log_probs, lse, total if wants_total else None, nothing, *grads)
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def _statistics_setup(ctx, inputs, output):
     ctx.numbers, ctx.wants_total, ctx.rest = (scale, softcap), wants_total, rest
 
 
-def _statistics_autograd(ctx, d_log_probs, d_lse, d_total, _, is_direct=False):
+def _statistics_autograd(ctx, d_log_probs, d_lse, d_total, d_stats, is_direct=False):
     *head, stats = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:3])
     if not ctx.wants_total:
@@ -154,8 +154,9 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
-        return _statistics_autograd(ctx, *upstream, is_direct=may_go_direct(*upstream))
+    def backward(ctx, d_log_probs, d_lse, d_total, d_stats):
+        is_direct = may_go_direct(d_log_probs, d_lse, d_total)
+        return _statistics_autograd(ctx, d_log_probs, d_lse, d_total, d_stats, is_direct)
 
 
 def wants_gradient(*tensors) -> bool:
@@ -197,7 +198,8 @@ def _loss(*inputs):
     found = _chosen(name, impl, head.h).run(
         head, upstream, wants=tuple(wants), wants_total=for_total is not None
     )
-    return summed(*found[:3], upstream), *found[:3], *found[4:]
+    loss = summed(found.log_probs, found.lse, found.total, upstream)
+    return loss, *found[:3], *found[4:]
 
 
 def _loss_operator(*inputs):
@@ -264,10 +266,6 @@ for _operator, _function in (
 ):
     library.impl(_operator, _function, "CPU")
     library.impl(_operator, _function, "CUDA")
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake_statistics(h, weight, bias, ids, class_weight, scale, softcap, wants_total, *rest):

@@ -5,6 +5,7 @@ Axes: T tokens, N the width of a hidden state, V classes (the vocabulary), K ids
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,14 @@ class Upstream(NamedTuple):
     for_lse: torch.Tensor | None = None
     for_square: torch.Tensor | None = None
 
+    def rows(self, at) -> Upstream:
+        """That of some tokens, by a slice or by their numbers."""
+        return self.mapped(lambda t: t[at])
+
+    def mapped(self, f: Callable[[torch.Tensor], torch.Tensor]) -> Upstream:
+        rest = [None if t is None else f(t) for t in self[1:]]
+        return Upstream(f(self.for_ids), *rest)
+
 
 class Found(NamedTuple):
     """What a head says, float32, 0 for tokens without ids; and the gradients that were wanted.
@@ -64,6 +73,22 @@ class Found(NamedTuple):
     dh: torch.Tensor | None = None
     dweight: torch.Tensor | None = None
     dbias: torch.Tensor | None = None
+
+    def rows(self, at: slice) -> Found:
+        """The statistics of some tokens, which are views."""
+        total = None if self.total is None else self.total[at]
+        return Found(self.log_probs[at], self.lse[at], total, self.stats[:, at])
+
+    def spread(self, kept: torch.Tensor, n_tokens: int) -> Found:
+        """What was found of the tokens `kept`, as that of all."""
+
+        def over_all(t: torch.Tensor, axis: int = 0) -> torch.Tensor:
+            shape = [n_tokens if i == axis else n for i, n in enumerate(t.shape)]
+            return t.new_zeros(shape).index_copy_(axis, kept, t)
+
+        total = None if self.total is None else over_all(self.total)
+        stats = over_all(self.stats, 1)
+        return Found(over_all(self.log_probs), over_all(self.lse), total, stats, *self[4:])
 
 
 def expect_ids(name: str, ids: torch.Tensor, n_labels: int, n_classes: int) -> None:
