@@ -61,17 +61,20 @@ def test_report_names_every_layer():
         ("rope", "LlamaAttention", "rope"),
         ("norm", "LlamaRMSNorm", "rms_norm"),
         ("mlp", "LlamaMLP", "swiglu"),
+        ("loss", "LlamaForCausalLM", "linear_cross_entropy"),
     }
     assert report.skipped == ()
     assert str(report) == (
-        "LlamaForCausalLM: 11 replaced, 0 skipped\n"
+        "LlamaForCausalLM: 12 replaced, 0 skipped\n"
         "  attention  model.layers.{0-1}.self_attn                 LlamaAttention -> "
         "flash_attention\n"
         "  rope       model.layers.{0-1}.self_attn                 LlamaAttention -> rope\n"
         "  norm       model.layers.{0-1}.input_layernorm           LlamaRMSNorm -> rms_norm\n"
         "  norm       model.layers.{0-1}.post_attention_layernorm  LlamaRMSNorm -> rms_norm\n"
         "  norm       model.norm                                   LlamaRMSNorm -> rms_norm\n"
-        "  mlp        model.layers.{0-1}.mlp                       LlamaMLP -> swiglu"
+        "  mlp        model.layers.{0-1}.mlp                       LlamaMLP -> swiglu\n"
+        "  loss       (the model)                                  LlamaForCausalLM -> "
+        "linear_cross_entropy (in training, with labels)"
     )
 
 
@@ -510,7 +513,7 @@ def test_peft_before_and_after(first, tmp_path):
         model = lora(model)
         kinds = [r.kind for r in tw.accelerate(model).replaced]
         assert kinds[:6] == ["attention"] * 2 + ["lora"] * 4
-        assert sorted(kinds[6:]) == ["mlp"] * 2 + ["norm"] * 5 + ["rope"] * 2
+        assert sorted(kinds[6:]) == ["loss"] + ["mlp"] * 2 + ["norm"] * 5 + ["rope"] * 2
     assert train(model, tmp_path) == pytest.approx(want, abs=2e-4)
     model.save_pretrained(tmp_path / "adapter")
     assert "tilewright" not in (tmp_path / "adapter/adapter_config.json").read_text()

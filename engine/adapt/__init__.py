@@ -60,6 +60,9 @@ def accelerate(
     ours become one call, which keeps the bits of their outputs; one with hooks stays by itself.
     A norm, gate, rotary function or attention layer is known by its source; on a CPU
     LayerNorm in float32, and short calls of it and of gates, where torch is as quick, stay torch's.
+    A model with an output head makes no logits in a training forward that gets labels: what
+    reaches torch's cross_entropy becomes `linear_cross_entropy`, and whoever reads `out.logits`
+    gets them then, if before the optimizer's step. That loss is 0, not NaN, without any label.
 
     Returns a Report of what was replaced, what was skipped, and why. The weights, the names in the
     state dict and saved files stay as they are; `restore` undoes all of it. A call that our

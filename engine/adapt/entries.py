@@ -6,6 +6,7 @@ from tilewright.adapt import (
     experts_lora,
     gates,
     lora,
+    loss,
     norms,
     projections,
     rotary,
@@ -23,4 +24,5 @@ TABLE: tuple[Replacement, ...] = (
     norms.LAYER,
     gates.SILU,
     gates.GELU,
+    loss.REPLACEMENT,
 )
