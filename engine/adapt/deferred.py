@@ -140,8 +140,7 @@ class DeferredLogits:
         if not isinstance(factor, int | float) or not math.isfinite(factor):
             return f(self.tensor())
         source = self._source
-        change = {"outer": source.outer * factor}
-        return self._then(replace(source, **change), f)
+        return self._then(replace(source, outer=source.outer * factor), f)
 
     def __mul__(self, other):
         return self._times(other, lambda t: t * other)

@@ -100,6 +100,10 @@ def _head(module: nn.Module) -> Any:
         return None
 
 
+def _is_plain(head: nn.Module) -> bool:
+    return head.__class__ in (nn.Linear, fused_head(nn.Linear))
+
+
 def is_candidate(module: nn.Module) -> bool:
     if not isinstance(_head(module), nn.Module):
         return False
@@ -108,7 +112,7 @@ def is_candidate(module: nn.Module) -> bool:
 
 def why_not(site: Site, request: Request) -> str | None:
     head = _head(site.module)
-    if type(head) is not nn.Linear and not isinstance(head, HeadForm):
+    if not _is_plain(head):
         return f"its output head is a {type(head).__name__}, not a plain linear layer"
     if has_hooks(head):
         return "its output head has hooks, or a forward of its own"
@@ -124,8 +128,8 @@ def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request
     for site in fitting:
         head = _head(site.module)
         if not isinstance(head, HeadForm):  # which another model of the same head has changed
-            undo.set_attribute(head, "__class__", fused_head(type(head)))
-        undo.set_attribute(site.module, "__class__", fused_model(type(site.module)))
+            undo.set_attribute(head, "__class__", fused_head(head.__class__))
+        undo.set_attribute(site.module, "__class__", fused_model(site.module.__class__))
     return [NOTE] * len(fitting)
 
 
