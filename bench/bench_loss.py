@@ -54,6 +54,11 @@ def small(case: dict) -> dict:
     return {**case, "T": 600, "N": 64, "V": 500}
 
 
+def quick(case: dict) -> dict:
+    """A smaller one, for --quick."""
+    return {**case, "T": case["T"] // 4, "N": case["N"] // 4, "V": case["V"] // 4}
+
+
 def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
     """Operations: one product of the tokens that have a label with the head, in the backward one
     for each gradient. Bytes: the hidden states, the head and their gradients, once by each."""

@@ -294,6 +294,11 @@ def test_blocks_are_a_matter_of_shapes():
     assert blocks.block_tokens(65536, 32000, 2) == 1024
     assert blocks.block_tokens(8192, 128256, 2) == 512
     assert blocks.block_tokens(8192, 128256, 4) == 256
+    # with a float32 copy of dweight: one block where that takes less memory, else long ones
+    assert blocks.block_tokens(2048, 32000, 2, summed_width=1024) == 2048
+    assert blocks.block_tokens(8192, 32000, 2, summed_width=1024) == 1024
+    assert blocks.block_tokens(8192, 32000, 2, summed_width=2048) == 2048
+    assert blocks.block_tokens(4096, 8192, 2, summed_width=16) == 512
 
 
 @pytest.mark.parametrize("n_block", [1, 7, 64])

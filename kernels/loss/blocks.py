@@ -21,11 +21,21 @@ SLICE_BYTES = 4 << 20  # of a block's part of dweight, before it is added up in 
 Pass = Callable[[Head, torch.Tensor, "Upstream | None", Found, bool], None]
 
 
-def block_tokens(n_tokens: int, n_classes: int, itemsize: int) -> int:
-    """Tokens of a block: a matter of shapes alone."""
+def block_tokens(n_tokens: int, n_classes: int, itemsize: int, summed_width: int = 0) -> int:
+    """Tokens of a block: a matter of shapes alone.
+
+    summed_width   N where dweight is summed up over blocks in a float32 copy, else 0. The copy
+                   takes as much memory as 16-bit logits of 2 N tokens and is read and written for
+                   each block: up to there one block is smaller and quicker, and beyond it blocks
+                   are long
+    """
     by_memory = BLOCK_BYTES // (n_classes * itemsize)
-    wanted = min(MOST, by_memory, -(-n_tokens // BLOCKS))
-    return min(n_tokens, max(FEWEST, wanted // 64 * 64))
+    wanted = max(FEWEST, min(MOST, by_memory, -(-n_tokens // BLOCKS)) // 64 * 64)
+    if summed_width:
+        if n_tokens <= 2 * summed_width + wanted:
+            return n_tokens
+        wanted = max(wanted, summed_width)
+    return min(n_tokens, wanted)
 
 
 class _WeightGradient:
@@ -107,7 +117,9 @@ def _run(over_block, head: Head, upstream, stats, wants, wants_total, skips) -> 
     dh = None
     if wants[0]:
         dh = h.new_empty(h.shape) if kept is None else h.new_zeros(h.shape)
-    n_block = max(1, block_tokens(n_kept, n_classes, h.element_size()))
+    is_summed_apart = wants[1] and weight.dtype in (torch.bfloat16, torch.float16)
+    width = h.shape[1] if is_summed_apart else 0
+    n_block = max(1, block_tokens(n_kept, n_classes, h.element_size(), width))
     sums = _WeightGradient(weight, -(-n_kept // n_block)) if wants[1] else None
     dbias = torch.zeros(n_classes, device=h.device) if wants[2] else None
     logits = h.new_empty(min(n_block, n_kept), n_classes)
