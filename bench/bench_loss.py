@@ -80,7 +80,7 @@ class _AsTrained(torch.autograd.Function):
         return torch.ones_like(upstream)
 
 
-def _in_training(loss: torch.Tensor) -> torch.Tensor:
+def in_training(loss: torch.Tensor) -> torch.Tensor:
     return _AsTrained.apply(loss) if loss.dim() == 0 else loss
 
 
@@ -88,7 +88,7 @@ def ours(case: dict, h, weight, labels, impl: str = "auto") -> torch.Tensor:
     loss = tilewright.linear_cross_entropy(
         h, weight, labels, reduction=case.get("reduction", "mean"), impl=impl
     )
-    return _in_training(loss)
+    return in_training(loss)
 
 
 def truth(case: dict, **inputs) -> torch.Tensor:
@@ -101,7 +101,7 @@ def _full(h, weight, labels, reduction: str) -> torch.Tensor:
 
 def full_logits(case: dict, h, weight, labels) -> torch.Tensor:
     """What a transformers model does."""
-    return _in_training(_full(h, weight, labels, case.get("reduction", "mean")))
+    return in_training(_full(h, weight, labels, case.get("reduction", "mean")))
 
 
 stock = full_logits
@@ -113,7 +113,7 @@ def _compiled():
 
 
 def compiled(case: dict, h, weight, labels) -> torch.Tensor:
-    return _in_training(_compiled()(h, weight, labels, case.get("reduction", "mean")))
+    return in_training(_compiled()(h, weight, labels, case.get("reduction", "mean")))
 
 
 def in_blocks(case: dict, h, weight, labels) -> torch.Tensor:
@@ -129,7 +129,7 @@ def in_blocks(case: dict, h, weight, labels) -> torch.Tensor:
     loss = torch.cat(losses)
     if case.get("reduction") == "none":
         return loss
-    return _in_training(loss.sum() / (labels != -100).sum())
+    return in_training(loss.sum() / (labels != -100).sum())
 
 
 VARIANTS = {

@@ -141,3 +141,21 @@ def both_ways(function, case: Case, tensors: dict, **kwargs) -> dict[str, torch.
 
 def exact(tensors: dict) -> dict[str, torch.Tensor]:
     return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def terms_of(case: Case, tensors: dict, part: str, true: torch.Tensor, dtype: torch.dtype):
+    """What a part is the sum of, for the yardstick; None: itself.
+
+    A loss is the difference of two numbers of the size of the logits. Of a mean in 16 bits torch's
+    error is one draw, so it is held against the rounding of that many logits.
+    """
+    if part == "dtoken_weight" or case.T == 1:
+        return torch.ones_like(true)
+    if part != "loss":
+        return None
+    terms = torch.full_like(true, 10.0 * case.size)
+    if dtype != torch.float32 and not true.dim():
+        steps = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        n_kept = max(1, int((tensors["labels"] >= 0).sum()))
+        terms += case.size * steps * n_kept**0.5 / (1 if case.reduction == "sum" else n_kept)
+    return terms

@@ -46,18 +46,7 @@ def test_results_and_gradients(name, dtype, impl):
     assert set(results) == set(truth)
     for part, true in truth.items():
         assert results[part].dtype == stock[part].dtype
-        terms = None
-        if part == "loss":
-            # the difference of two numbers of the size of the logits; of a mean in 16 bits torch's
-            # error is one draw, so it is held against the rounding of that many logits
-            terms = torch.full_like(true, 10.0 * case.size)
-            if dtype != torch.float32 and not true.dim():
-                steps = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-                n_kept = max(1, int((tensors["labels"] >= 0).sum()))
-                n_summed = 1 if case.reduction == "sum" else n_kept
-                terms += case.size * steps * n_kept**0.5 / n_summed
-        if part == "dtoken_weight" or case.T == 1:
-            terms = torch.ones_like(true)
+        terms = loss_cases.terms_of(case, tensors, part, true, dtype)
         check = f"{name}: {part}", results[part], stock[part], true, terms
         assert_errs_at_most_twice_stock(*check)
         is_gradient = part in ("dh", "dweight", "dbias")

@@ -321,6 +321,7 @@ def _summed(head: Head, upstream: Upstream, factor, name, n_labels, impl) -> tor
 
 
 _CANDIDATES = (
+    choose.implementation_of("loss", "triton_gpu"),
     choose.implementation_of("loss", "cpp_cpu"),
     choose.REFERENCE,
 )

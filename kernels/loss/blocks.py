@@ -15,13 +15,17 @@ BLOCK_BYTES = 128 << 20  # of a block's logits, which come from torch's product 
 FEWEST, MOST = 256, 1024  # tokens in a block: below, reading the weight shows; above, only memory
 BLOCKS = 8  # at least, of a long call, so that its logits stay a small part of all
 SLICE_BYTES = 4 << 20  # of a block's part of dweight, before it is added up in float32
+# a GPU's products want more of everything
+GPU_BLOCK_BYTES, GPU_FEWEST, GPU_MOST, GPU_SLICE_BYTES = 512 << 20, 1024, 4096, 256 << 20
 
 # (head, logits, upstream, found, wants_gradient): fills what found holds of the block, and puts the
 # gradient with respect to the logits in their place
 Pass = Callable[[Head, torch.Tensor, "Upstream | None", Found, bool], None]
 
 
-def block_tokens(n_tokens: int, n_classes: int, itemsize: int, summed_width: int = 0) -> int:
+def block_tokens(
+    n_tokens: int, n_classes: int, itemsize: int, summed_width: int = 0, on_gpu: bool = False
+) -> int:
     """Tokens of a block: a matter of shapes alone.
 
     summed_width   N where dweight is summed up over blocks in a float32 copy, else 0. The copy
@@ -29,8 +33,11 @@ def block_tokens(n_tokens: int, n_classes: int, itemsize: int, summed_width: int
                    each block: up to there one block is smaller and quicker, and beyond it blocks
                    are long
     """
-    by_memory = BLOCK_BYTES // (n_classes * itemsize)
-    wanted = max(FEWEST, min(MOST, by_memory, -(-n_tokens // BLOCKS)) // 64 * 64)
+    n_bytes, fewest, most = BLOCK_BYTES, FEWEST, MOST
+    if on_gpu:
+        n_bytes, fewest, most = GPU_BLOCK_BYTES, GPU_FEWEST, GPU_MOST
+    by_memory = n_bytes // (n_classes * itemsize)
+    wanted = max(fewest, min(most, by_memory, -(-n_tokens // BLOCKS)) // 64 * 64)
     if summed_width:
         if n_tokens <= 2 * summed_width + wanted:
             return n_tokens
@@ -61,7 +68,8 @@ class _WeightGradient:
             else:
                 self.result.addmm_(dlogits.t(), h)
         else:
-            rows = max(1, SLICE_BYTES // (h.shape[1] * h.element_size()))
+            n_bytes = GPU_SLICE_BYTES if h.device.type == "cuda" else SLICE_BYTES
+            rows = max(1, n_bytes // (h.shape[1] * h.element_size()))
             for begin in range(0, self.result.shape[0], rows):
                 part = slice(begin, begin + rows)
                 product = torch.mm(dlogits[:, part].t(), h)
@@ -119,7 +127,8 @@ def _run(over_block, head: Head, upstream, stats, wants, wants_total, skips) -> 
         dh = h.new_empty(h.shape) if kept is None else h.new_zeros(h.shape)
     is_summed_apart = wants[1] and weight.dtype in (torch.bfloat16, torch.float16)
     width = h.shape[1] if is_summed_apart else 0
-    n_block = max(1, block_tokens(n_kept, n_classes, h.element_size(), width))
+    on_gpu = h.device.type == "cuda"
+    n_block = max(1, block_tokens(n_kept, n_classes, h.element_size(), width, on_gpu))
     sums = _WeightGradient(weight, -(-n_kept // n_block)) if wants[1] else None
     dbias = torch.zeros(n_classes, device=h.device) if wants[2] else None
     logits = h.new_empty(min(n_block, n_kept), n_classes)
