@@ -367,6 +367,43 @@ def test_a_gate_over_teachers_gets_its_gradient():
     torch.testing.assert_close(grad, torch.stack([want, -want]), rtol=1e-4, atol=1e-6)
 
 
+def test_meta_weights_are_products_of_gradients():
+    """Two classes that a line tells apart: an example with the wrong label gets no weight."""
+    torch.manual_seed(0)
+    side = torch.tensor([0, 1, 0, 1, 0, 1])
+    x = torch.randn(6, 3) + 3 * torch.stack([side * 2 - 1] * 3, 1)
+    labels = side.clone()
+    labels[1] = 0
+    good_x, good_labels = x[2:4] + 0.1, side[2:4]
+    weight = (0.1 * torch.randn(2, 3)).requires_grad_()
+    (g,) = torch.autograd.grad(tw.linear_cross_entropy(good_x, weight, good_labels), weight)
+
+    def losses(head):
+        return tw.linear_cross_entropy(x, head, labels, reduction="none")
+
+    with torch.no_grad():
+        ahead, behind = losses(weight + 1e-2 * g), losses(weight - 1e-2 * g)
+    got = tw.meta_weights(ahead, behind, step=1e-2)
+    each = [torch.autograd.grad(l, weight, retain_graph=True)[0] for l in losses(weight)]
+    want = torch.stack([(g * one).sum() for one in each]).clamp(min=0)
+    torch.testing.assert_close(got, want / want.sum(), rtol=1e-3, atol=1e-4)
+    assert got[1] == 0 and (got[[0, 2, 3, 4, 5]] > 0).all()
+    torch.testing.assert_close(got.sum(), torch.tensor(1.0))
+    assert torch.equal(tw.meta_weights(behind[1:2] * 0, behind[1:2], step=1.0), torch.zeros(1))
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    h, weight = normal(4, N).requires_grad_(), normal(V, N, seed=1)
+    labels = torch.arange(4)
+    for loss in (
+        tw.linear_cross_entropy(h, weight, labels),
+        tw.linear_log_probs(h, weight, labels).sum(),
+        tw.linear_distillation(h, weight, h, weight),
+    ):
+        with pytest.raises(RuntimeError, match="no gradient of a gradient"):
+            torch.autograd.grad(loss, h, create_graph=True)
+
+
 X, Y = torch.zeros(3), torch.zeros(2)
 M = torch.ones(2, 3, dtype=torch.bool)
 P = torch.zeros(2, 3)
@@ -400,6 +437,7 @@ REFUSED = {
     "linear_distillation: teacher_h has shape (3, 3)": lambda: tw.linear_distillation(
         P, normal(V, 3), normal(3, 3), normal(V, 3)
     ),
+    "meta_weights: step is 0, need": lambda: tw.meta_weights(X, X, step=0),
     'linear_distillation: no kind "both"': lambda: tw.linear_distillation(
         P, normal(V, 3), P, normal(V, 3), kind="both"
     ),

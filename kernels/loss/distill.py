@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewright.direct import may_go_direct
 from tilewright.ops.loss.api import INTEGERS, describe_head
-from tilewright.ops.loss.op import kept_dtype, library, wants_gradient
+from tilewright.ops.loss.op import first_order, kept_dtype, library, wants_gradient
 from tilewright.shapes import expect_device
 
 KINDS = ("forward", "reverse", "jensen_shannon")
@@ -181,7 +180,7 @@ class _Distillation(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_loss):
         return _autograd(ctx, d_loss)
 

@@ -12,7 +12,6 @@ import functools
 import importlib
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewright import choose, settings
 from tilewright.direct import may_go_direct
@@ -39,6 +38,21 @@ library.define(
     f"head_loss({_HEAD}, Tensor for_ids, Tensor? for_total, Tensor? for_square, bool[3] wants, "
     f"{_REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+def first_order(backward):
+    """A backward that refuses to be differentiated: its results would pass for constants."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "tilewright: losses over a linear head have no gradient of a gradient; "
+                "create_graph is True, need False"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
 
 
 class _ReferenceImplementation:
@@ -153,7 +167,7 @@ class _Statistics(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_log_probs, d_lse, d_total, d_stats):
         is_direct = may_go_direct(d_log_probs, d_lse, d_total)
         return _statistics_autograd(ctx, d_log_probs, d_lse, d_total, d_stats, is_direct)
@@ -242,7 +256,7 @@ class _Loss(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_loss):
         return _loss_autograd(ctx, d_loss, is_direct=may_go_direct(d_loss))
 

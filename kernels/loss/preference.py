@@ -407,6 +407,32 @@ def many_shot_weights(
     return weight, denominator
 
 
+def meta_weights(ahead: torch.Tensor, behind: torch.Tensor, *, step: float) -> torch.Tensor:
+    """Weights of examples with doubtful labels: those whose gradient agrees with that of good ones.
+
+        w[j] = max(0, (ahead[j] - behind[j]) / (2 step)), divided by their sum
+
+    which is, up to terms of step^2, max(0, <g, gradient of loss j>) with g the gradient of the loss
+    of a few examples with good labels: no gradient of a gradient is needed.
+
+    ahead   (B,) losses of the examples, `linear_cross_entropy(..., reduction="none")` or sums over
+            tokens of it, with step g added to the parameters
+    behind  (B,) the same with step g subtracted
+    step    above 0
+
+    Returns (B,) float32 without a gradient, with a sum of 1, or all 0 where none agrees.
+    ValueError: shapes that differ, or a number outside the above.
+
+    Source: Wang et al., LiST: lite prompted self-training, arXiv 2110.06274; Ren et al., Learning
+    to reweight examples for robust deep learning, arXiv 1803.09050.
+    """
+    _expect_alike("meta_weights", ahead=ahead, behind=behind)
+    _expect_above("meta_weights", step=step)
+    agreement = ((ahead - behind).detach().float() / (2 * step)).clamp(min=0)
+    total = agreement.sum()
+    return torch.where(total > 0, agreement / total.clamp(min=1e-38), 0.0)
+
+
 def _runs(inside: torch.Tensor) -> torch.Tensor:
     """At each place the number of runs of True that have begun in its row."""
     before = F.pad(inside, (1, 0))[..., :-1]
