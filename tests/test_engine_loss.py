@@ -60,8 +60,8 @@ def expect_close(got, want):
         assert (grads[name] - g).abs().max() <= 1e-4 * most, name
 
 
-def only_loss(model):
-    """accelerate, and then the stock classes again of all but the head and the model."""
+def accelerated(model):
+    """The report, in which the model's loss is replaced."""
     report = tw.accelerate(model)
     replaced, skipped = tiny.of_kind(report, "loss")
     assert len(replaced) == 1 and not skipped
@@ -72,7 +72,7 @@ def only_loss(model):
 def test_losses_and_gradients_of_families(name, calls):
     model = build(name)
     want = step(model)
-    only_loss(model)
+    accelerated(model)
     got = step(model)
     assert len(calls) == 1
     expect_close(got, want)
@@ -272,7 +272,7 @@ def test_a_tied_head_and_a_masked_one(calls):
         return out.loss.detach(), model.cls.predictions.bias.grad.clone()
 
     want = loss(bert)
-    only_loss(bert)
+    accelerated(bert)
     torch.testing.assert_close(loss(bert), want, rtol=1e-5, atol=1e-6)
     assert len(calls) == 2
 
