@@ -6,6 +6,7 @@ Each variant has parameters and an optimizer of its own, and a call is one more 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from tilewright.bench.variant import Variant
 
 GRADIENTS = ()
 STEP = dict(dtypes=("float32",), modes=("fwd",))
-OPTIONS = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+OPTIONS: dict[str, Any] = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
 
 CASES: dict[str, dict] = {
     "adamw-64M": dict(P=16, N=1 << 22, **STEP),
@@ -78,7 +79,7 @@ class _PlainSM3(torch.optim.Optimizer):
                 q.addcdiv_(g, s.add_(1e-8).sqrt_(), value=-group["lr"])
 
 
-_SM3 = dict(lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
+_SM3: dict[str, Any] = dict(lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
 
 
 def _ours(case: dict, own: list[nn.Parameter], impl: str = "auto") -> torch.optim.Optimizer:
@@ -94,7 +95,8 @@ def _torch(how: str):
     def make(case: dict, own: list[nn.Parameter]) -> torch.optim.Optimizer:
         if case.get("kind") == "sm3":
             return _PlainSM3(own, _SM3)
-        return torch.optim.AdamW(own, **OPTIONS, **({how: True} if how else {}))
+        chosen: dict[str, Any] = {how: True} if how else {}
+        return torch.optim.AdamW(own, **OPTIONS, **chosen)
 
     return make
 
