@@ -222,7 +222,7 @@ void byte_blocks(const LinearCall& call, const Tokens& few, const float* hidden,
     for (int64_t i = begin; i < end; i += Line::kInputs, line += kLineBytes)
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b) {
-        __builtin_prefetch(line + b * w.lines * kLineBytes + kBytesAhead, 0, 3);
+        __builtin_prefetch(line + b * w.lines * kLineBytes + kBytesAhead, 0, 2);
         const vi words = load_words(line + b * w.lines * kLineBytes);
         const Line codes(table, words);
         if constexpr (!kInNibbles) code_sums[b] = B::less_128_times(code_sums[b], words);
