@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 void register_attention(py::module_& m);
 void register_ceilings(py::module_& m);
+void register_decode(py::module_& m);
 void register_linear(py::module_& m);
 void register_loss(py::module_& m);
 void register_norm(py::module_& m);
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   });
   register_attention(m);
   register_ceilings(m);
+  register_decode(m);
   register_linear(m);
   register_loss(m);
   register_norm(m);

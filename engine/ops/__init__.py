@@ -2,6 +2,7 @@
 
 from tilewright.ops.attention import ShiftedSegments, flash_attention, flash_decode
 from tilewright.ops.common import PackedWeight, WeightDelta
+from tilewright.ops.decode import fuse_logits, sample_tokens
 from tilewright.ops.linear import (
     LinearLayer,
     fused_linear,
@@ -125,6 +126,7 @@ __all__ = [
     "error_statistics",
     "flash_attention",
     "flash_decode",
+    "fuse_logits",
     "fused_linear",
     "gather_across_ranks",
     "geglu",
@@ -174,6 +176,7 @@ __all__ = [
     "route_types",
     "router_logits",
     "router_z_loss",
+    "sample_tokens",
     "sampled_product",
     "save_deltas",
     "save_packed",
