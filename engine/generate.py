@@ -246,8 +246,7 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
             n = len(request.prompt)
             input_ids[row, longest - n :] = torch.tensor(request.prompt, device=device)
             mask[row, longest - n :] = 1
-        vocab_size = config_of(model).get_text_config().vocab_size
-        sampler = Sampler([r.rule for r in live], [r.prompt for r in live], vocab_size, device)
+        sampler = Sampler([r.rule for r in live], [r.prompt for r in live], device)
         cache = new_cache(model.config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         while live:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewright.files import InputError
+from tilewright.ops import sample_tokens
 
 
 @dataclass(frozen=True)
@@ -58,87 +59,44 @@ class Sampling:
 
 
 class Sampler:
-    """The rules, generators and seen tokens of the B requests of a batch.
+    """The rules, steps and seen tokens of the B requests of a batch.
 
     rules    one `Sampling` a request
     prompts  each request's token ids
     """
 
-    def __init__(
-        self, rules: list[Sampling], prompts: list[list[int]], vocab_size: int, device: torch.device
-    ):
+    def __init__(self, rules: list[Sampling], prompts: list[list[int]], device: torch.device):
         self.rules = rules
-        # one generator a request, on the CPU: the same numbers on every device and in any batch
-        self.generators = [torch.Generator().manual_seed(rule.seed) for rule in rules]
-        self.seen: torch.Tensor | None = None  # (B, V) bool
+        self.step = 0  # of all requests: they begin together
+        self.seen: torch.Tensor | None = None  # (B, N) prompt and output, filled up with -1
         if any(rule.repetition_penalty != 1 for rule in rules):
-            self.seen = torch.zeros(len(rules), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, torch.tensor(prompt, device=device)] = True
+            longest = max(len(prompt) for prompt in prompts)
+            padded = [[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts]
+            self.seen = torch.tensor(padded, device=device)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these requests only."""
         self.rules = [self.rules[row] for row in rows]
-        self.generators = [self.generators[row] for row in rows]
         if self.seen is not None:
             self.seen = self.seen[torch.tensor(rows, device=self.seen.device)]
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each request, (B,) int64, from logits (B, V)."""
-        logits = self._penalized(logits)
-        tokens = logits.argmax(-1)
-        drawn = [row for row, rule in enumerate(self.rules) if rule.temperature > 0]
-        if drawn:
-            kept = filtered(logits[drawn], [self.rules[row] for row in drawn])
-            # inverse of the distribution function at one uniform number a request, in float64
-            cumulative = kept.softmax(-1).cumsum(-1)
-            uniform = torch.tensor(
-                [
-                    torch.rand((), generator=self.generators[row], dtype=torch.float64).item()
-                    for row in drawn
-                ],
-                dtype=torch.float64,
-                device=logits.device,
-            )
-            target = (uniform * cumulative[:, -1])[:, None]
-            tokens[drawn] = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        if self.seen is None and all(rule.temperature == 0 for rule in self.rules):
+            return logits.argmax(-1)
+        rules = self.rules
+        tokens = sample_tokens(
+            logits,
+            temperature=[rule.temperature for rule in rules],
+            top_k=[min(rule.top_k, logits.shape[-1]) for rule in rules],
+            top_p=[rule.top_p for rule in rules],
+            min_p=[rule.min_p for rule in rules],
+            repetition_penalty=[rule.repetition_penalty for rule in rules],
+            prompt=self.seen,
+            seed=[rule.seed % (1 << 63) for rule in rules],
+            step=self.step,
+        )
+        self.step += 1
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen = torch.cat([self.seen, tokens[:, None]], dim=1)
         return tokens
-
-    def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.seen is None:
-            return logits
-        penalty = logits.new_tensor([rule.repetition_penalty for rule in self.rules])[:, None]
-        changed = torch.where(logits < 0, logits * penalty, logits / penalty)
-        return torch.where(self.seen, changed, logits)
-
-
-def filtered(logits: torch.Tensor, rules: list[Sampling]) -> torch.Tensor:
-    """Logits / temperature in float64, -inf where a rule drops the token; (B, V) -> (B, V)."""
-
-    def column(name: str) -> torch.Tensor:
-        values = [getattr(rule, name) for rule in rules]
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    scores = logits.double() / column("temperature")
-    if not any(r.top_k or r.top_p < 1 or r.min_p for r in rules):
-        return scores
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    vocab_size = ordered.shape[-1]
-
-    # ties with the k-th largest are kept, as in transformers
-    top_k = column("top_k").long()
-    last = torch.where(top_k == 0, vocab_size, top_k).clamp(max=vocab_size) - 1
-    ordered = ordered.masked_fill(ordered < ordered.gather(1, last), -math.inf)
-
-    # keep a token while the larger ones have not reached top_p together
-    probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    top_p = column("top_p")
-    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -math.inf)
-
-    probability = ordered.softmax(-1)
-    is_rare = probability < column("min_p") * probability[:, :1]
-    ordered = ordered.masked_fill(is_rare, -math.inf)
-    return torch.full_like(scores, -math.inf).scatter(1, order, ordered)

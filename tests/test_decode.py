@@ -230,6 +230,7 @@ REFUSED = {
     "top_k is -1, need a whole number": {"top_k": -1},
     "top_k is 1.5, need a whole number": {"top_k": 1.5},
     "seed is torch.float32, need whole numbers": {"seed": torch.ones(2)},
+    "seed does not become a row of numbers": {"seed": [1 << 63, 0]},
     r"top_k has shape \(3,\), need one number or B = 2": {"top_k": [1, 2, 3]},
     "repetition_penalty is 0.0, need a positive number": {"repetition_penalty": 0.0},
     "prompt holds token 9, need less than V = 4": {"prompt": [[9], []], "presence_penalty": 1.0},

@@ -132,7 +132,17 @@ def _a_row(op_name: str, what: str, value, n_rows: int, dtype: torch.dtype):
         if dtype == torch.int64 and (isinstance(value, (bool, float)) or value >= 1 << 63):
             raise ValueError(f"{op_name}: {what} is {value!r}, need a whole number below 2^63")
         return value
-    t = torch.as_tensor(value)
+    if isinstance(value, torch.Tensor):
+        t = value
+    else:
+        try:
+            # a list of floats keeps its digits
+            is_whole = all(isinstance(v, int) for v in value)
+            t = torch.tensor(value, dtype=torch.int64 if is_whole else torch.float64)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{op_name}: {what} does not become a row of numbers: {error}"
+            ) from None
     if t.shape not in ((), (n_rows,)):
         raise ValueError(
             f"{op_name}: {what} has shape {tuple(t.shape)}, need one number or B = {n_rows}"
