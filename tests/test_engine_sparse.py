@@ -361,10 +361,11 @@ def test_adapters_of_another_kind_are_refused(tmp_path):
         load_peft_deltas(llama(), tmp_path / "supra")
 
 
-def _rank(rank, port, results):
+def _rank(rank, meeting, results):
     """One process: its own data, the same model."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
     )
     try:
         for method in (AG, MA):
@@ -384,15 +385,11 @@ def _rank(rank, port, results):
 
 
 @pytest.mark.slow
-def test_two_ranks_choose_the_same_places():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_two_ranks_choose_the_same_places(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    meeting = tmp_path / "meeting"
+    ranks = [context.Process(target=_rank, args=(rank, meeting, results)) for rank in range(2)]
     for process in ranks:
         process.start()
     found = [results.get(timeout=100) for _ in range(4)]

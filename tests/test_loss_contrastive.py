@@ -1,7 +1,5 @@
 """InfoNCE against all similarities at once, cached gradients, two ranks against one process."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -120,8 +118,8 @@ def rank_loss(model, rank, n_all):
     return tw.info_nce(queries, documents, reduction="sum") / n_all
 
 
-def work(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def work(rank, meeting, results):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Encoder().eval()
@@ -152,14 +150,12 @@ def token_inputs(rank=None):
     return h[part], weight, labels[part]
 
 
-def test_two_ranks_equal_one_process_on_the_union(clean_memory):
+def test_two_ranks_equal_one_process_on_the_union(clean_memory, tmp_path):
     """Embeddings gathered over ranks, and token losses with unequal numbers of labels."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    meeting = tmp_path / "meeting"
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    ranks = [context.Process(target=work, args=(rank, port, results)) for rank in range(2)]
+    ranks = [context.Process(target=work, args=(rank, meeting, results)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

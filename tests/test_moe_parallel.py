@@ -1,7 +1,5 @@
 """Experts over two processes by gloo: outputs and gradients are those of one process with all."""
 
-import socket
-
 import pytest
 import torch
 from moe_inputs import Case, make_inputs
@@ -45,10 +43,10 @@ def both_ways(function, inputs: dict, case: Case, **options) -> dict:
     return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
 
 
-def _rank(rank, port, results):
+def _rank(rank, meeting, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
     )
     try:
         for name, case in CASES.items():
@@ -72,13 +70,11 @@ def _rank(rank, port, results):
 
 
 @pytest.fixture(scope="module")
-def two_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def two_processes(tmp_path_factory):
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    ranks = [context.Process(target=_rank, args=(rank, meeting, results)) for rank in range(2)]
     for process in ranks:
         process.start()
     found = [results.get(timeout=200) for _ in range(2 * (len(CASES) + 1))]
