@@ -14,21 +14,17 @@ size of shifted segments, S cached keys.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tilewright
-from tilewright import files
 from tilewright.bench import ceilings as machine
-from tilewright.bench import report
+from tilewright.bench import on_gpu, report
 from tilewright.bench.bench_attention import visible_pairs
 from tilewright.bench.timing import Times, first_line, time_interleaved
 
@@ -206,19 +202,6 @@ def _forward(run: Callable, inputs: dict) -> Callable:
     return function
 
 
-def _replayed(function: Callable) -> Callable:
-    """The function as a CUDA graph: what is left once launching costs nothing."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # compiles and fills caches outside the capture
-        function()
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def disagreement(case: dict, inputs: dict, ours: Callable) -> float:
     """Largest difference from torch in float32, over the largest value, on a slice of the rows."""
     q, k, v = (t[:1].float() for t in inputs.values())
@@ -259,7 +242,7 @@ def variants(case: dict, mode: str, inputs: dict, device: str) -> dict[str, Call
     if "S" in case and device == "cuda":  # a step of a few microseconds: also without launching
         for name, function in eager.items():
             try:
-                functions[f"{name}, graph"] = _replayed(function)
+                functions[f"{name}, graph"] = on_gpu.replayed(function)
             except Exception as error:  # a baseline that cannot be captured is a row of the table
                 functions[f"{name}, graph"] = first_line(error)
     return functions
@@ -328,56 +311,30 @@ def _forward_only(case: dict, device: str) -> Callable:
     return forward
 
 
-def main(argv=None) -> int:
-    """0, or 1 if a result was wrong or an implementation of ours raised."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where attention.json and attention.md go")
-    parser.add_argument("--budget", type=float, default=170.0, help="seconds, all cases together")
-    parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a case")
-    parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU")
-    args = parser.parse_args(argv)
-    device = "cpu" if args.dry_run else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --dry-run runs small shapes on the CPU")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
-    try:
-        limits = machine.measure(device)
-    except RuntimeError as error:  # the cases are still worth their time
-        limits = machine.Ceilings(None, None, None, None, f"not measured: {first_line(error)}")
-    where = report.environment(device, {"dtype": str(DTYPE).removeprefix("torch.")})
-    seconds = 0.01 if args.dry_run else args.seconds
-    rows, wrong, left_out = [], [], []
+def steps(device: str):
     for name, full_case in CASES.items():
-        case = small(full_case) if args.dry_run else full_case
+        case = small(full_case) if device == "cpu" else full_case
         for mode in ("fwd",) if "S" in case else ("fwd", "fwd+bwd"):
-            if time.perf_counter() - begin > args.budget:
-                left_out.append(f"{name} {mode}")
-                continue
-            print(f"gpu_attention: {name} {mode}", file=sys.stderr, flush=True)
-            try:
-                rows += measure(name, case, mode, device, seconds)
-            except Exception as error:  # the other cases are still worth their time
-                wrong.append(f"{name} {mode}: {first_line(error)}")
-            _write(args.folder, rows, wrong, left_out, limits, where)
-    _write(args.folder, rows, wrong, left_out, limits, where)
-    print((args.folder / "attention.md").read_text())
-    failed = [f"{r['case']} {r['mode']}: {r['why_not']}" for r in rows
-              if r["variant"].startswith(OURS) and r["times"] is None]  # fmt: skip
-    return 1 if wrong or failed else 0
+
+            def step(seconds, limits, name=name, case=case, mode=mode):
+                return measure(name, case, mode, device, seconds), ""
+
+            yield f"{name} {mode}", step
 
 
-def _write(folder: Path, rows, wrong, left_out, limits, where) -> None:
-    """Each file anew, whole or as it was."""
+def shown(rows: list[dict], where: dict, limits: machine.Ceilings) -> tuple[dict, list[str]]:
     prediction = outcome_of_prediction(rows)
-    record = {"environment": where, "ceilings": asdict(limits), "rows": rows, "wrong": wrong,
-              "left_out": left_out, "prediction": prediction}  # fmt: skip
-    files.write_json(folder / "attention.json", record)
     lines = [report.header("attention", where, limits), TABLE_HEAD, *map(table_line, rows)]
-    lines += [f"\n{prediction}"]
-    lines += [f"\nWrong: {line}" for line in wrong]
-    lines += [f"\nNo time was left for {line}." for line in left_out]
-    files.write_text(folder / "attention.md", "\n".join(lines) + "\n")
+    record = {"environment": where, "rows": rows, "prediction": prediction}
+    return record, [*lines, f"\n{prediction}"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    return on_gpu.run(
+        argv, name="attention", doc=__doc__, budget=170.0, seconds=0.6,
+        options={"dtype": str(DTYPE).removeprefix("torch.")}, steps=steps, shown=shown,
+        has_failed=on_gpu.is_ours_without_time,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

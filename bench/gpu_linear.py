@@ -14,19 +14,15 @@ Axes: T tokens, I in, O out, R rank, G inputs that share a scale.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from tilewright.bench import ceilings as machine
-from tilewright.bench import report
+from tilewright.bench import on_gpu, report
 from tilewright.bench.timing import Times, first_line, time_interleaved
 from tilewright.ops import PackedWeight, fused_linear, lora_linear
 from tilewright.ops.common.packed import (
@@ -247,7 +243,7 @@ def variants(case: dict, inputs: dict, device: str) -> dict[str, Callable | str]
         function = _pass_of(*entry, case, inputs)
         try:
             replay = case["T"] <= FEW_ROWS and device == "cuda"
-            functions[name] = _replayed(function) if replay else function
+            functions[name] = on_gpu.replayed(function) if replay else function
         except Exception as error:
             functions[name] = first_line(error)
     return functions
@@ -267,19 +263,6 @@ def _pass_of(run: Callable, layers: list, case: dict, t: dict) -> Callable:
     leaves = [t[name].requires_grad_() for name in ("x", "down", "up")]
     upstream = torch.randn(case["T"], case["O"], device=t["x"].device).to(DTYPE)
     return lambda: torch.autograd.grad(run(t["x"], layers[0]), leaves, upstream)
-
-
-def _replayed(function: Callable) -> Callable:
-    """The function as a CUDA graph: what is left once launching costs nothing."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # compiles and fills caches outside the capture
-        function()
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def disagreement(case: dict, t: dict) -> float:
@@ -364,49 +347,27 @@ def table_line(row: dict) -> str:
     )
 
 
-def main(argv=None) -> int:
-    """0, or 1 if a result was wrong or an implementation of ours raised."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where linear.json and linear.md go")
-    parser.add_argument("--budget", type=float, default=110.0, help="seconds, all cases together")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each variant of a case")
-    parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU")
-    args = parser.parse_args(argv)
-    device = "cpu" if args.dry_run else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --dry-run runs small shapes on the CPU")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
-    limits = machine.measure(device)
-    seconds = 0.01 if args.dry_run else args.seconds
-    rows, wrong, left_out = [], [], []
+def steps(device: str):
     for name, full_case in CASES.items():
-        case = small(full_case) if args.dry_run else full_case
-        if time.perf_counter() - begin > args.budget:
-            left_out.append(name)
-            continue
-        print(f"gpu_linear: {name}", file=sys.stderr, flush=True)
-        try:
-            rows += measure(name, case, device, seconds)
-        except Exception as error:  # the other cases are still worth their time
-            wrong.append(f"{name}: {first_line(error)}")
-        _write(args.folder, rows, wrong, left_out, limits, device)
-    _write(args.folder, rows, wrong, left_out, limits, device)
-    print((args.folder / "linear.md").read_text())
-    failed = [f"{r['case']}: {r['why_not']}" for r in rows
-              if r["variant"].startswith(OURS) and r["times"] is None]  # fmt: skip
-    return 1 if wrong or failed else 0
+        case = small(full_case) if device == "cpu" else full_case
+
+        def step(seconds, limits, name=name, case=case):
+            return measure(name, case, device, seconds), ""
+
+        yield name, step
 
 
-def _write(folder: Path, rows, wrong, left_out, limits, device) -> None:
-    where = report.environment(device, {"dtype": str(DTYPE).removeprefix("torch.")})
-    record = {"environment": where, "ceilings": asdict(limits), "rows": rows, "wrong": wrong,
-              "left_out": left_out}  # fmt: skip
-    (folder / "linear.json").write_text(json.dumps(record, indent=1))
+def shown(rows: list[dict], where: dict, limits: machine.Ceilings) -> tuple[dict, list[str]]:
     lines = [report.header("linear", where, limits), TABLE_HEAD, *map(table_line, rows)]
-    lines += [f"\nWrong: {line}" for line in wrong]
-    lines += [f"\nNo time was left for {line}." for line in left_out]
-    (folder / "linear.md").write_text("\n".join(lines) + "\n")
+    return {"environment": where, "rows": rows}, lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    return on_gpu.run(
+        argv, name="linear", doc=__doc__, budget=110.0, seconds=0.5,
+        options={"dtype": str(DTYPE).removeprefix("torch.")}, steps=steps, shown=shown,
+        has_failed=on_gpu.is_ours_without_time,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

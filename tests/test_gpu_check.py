@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tilewright.bench import gpu_attention
+from tilewright.bench import gpu_attention, on_gpu
 
 pytest.importorskip("triton", reason="gpu_check.sh needs triton")
 
@@ -259,7 +259,7 @@ def test_what_was_measured_before_a_cut_is_on_disk(tmp_path, monkeypatch):
     cases = list(gpu_attention.CASES.items())
     (first, _), (second, _), (third, _), *_ = cases
     monkeypatch.setattr(gpu_attention, "measure", measure)
-    monkeypatch.setattr(gpu_attention.machine, "measure", broken_ceilings)
+    monkeypatch.setattr(on_gpu.machine, "measure", broken_ceilings)
     with pytest.raises(KeyboardInterrupt):
         gpu_attention.main([str(tmp_path), "--dry-run"])
     record = json.loads(path.read_text())

@@ -1,6 +1,6 @@
 """The Triton attention kernels against the reference, in Triton's interpreter.
 
-Run by tests/test_attention_triton.py in a process of its own: TRITON_INTERPRET has to be 1 before
+Run by tests/test_interpreted.py in a process of its own: TRITON_INTERPRET has to be 1 before
 triton is imported, and other tests need the real compiler. The name keeps pytest from collecting
 this file by itself. float16 reads its tiles by descriptor, float32 by pointers; a tile has 32
 queries and 16 keys (16 and 32 where keys own the result), so that these sizes have whole tiles,

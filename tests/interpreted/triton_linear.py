@@ -1,6 +1,6 @@
 """The Triton linear kernels against the reference, in Triton's interpreter.
 
-Run by tests/test_linear_triton.py in a process of its own: TRITON_INTERPRET has to be 1 before
+Run by tests/test_interpreted.py in a process of its own: TRITON_INTERPRET has to be 1 before
 triton is imported, and other tests need the real compiler. The name keeps pytest from collecting
 this file by itself. A tile has 16 tokens, 32 outputs and 32 inputs, and 32 columns of rank at most,
 so that these sizes have whole tiles, tiles that cross an end, and none. Narrow products are cut

@@ -1,6 +1,6 @@
 """The Triton kernel of the loss room against the reference, in Triton's interpreter.
 
-Run by tests/test_loss_triton.py in a process of its own: TRITON_INTERPRET has to be 1 before
+Run by tests/test_interpreted.py in a process of its own: TRITON_INTERPRET has to be 1 before
 triton is imported, and other tests need the real compiler. The name keeps pytest from collecting
 this file by itself.
 """

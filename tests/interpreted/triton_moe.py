@@ -1,6 +1,6 @@
 """The Triton kernels of the moe room against the reference, in Triton's interpreter.
 
-Run by tests/test_moe_triton.py in a process of its own: TRITON_INTERPRET has to be 1 before
+Run by tests/test_interpreted.py in a process of its own: TRITON_INTERPRET has to be 1 before
 triton is imported, and other tests need the real compiler. The name keeps pytest from collecting
 this file by itself. A tile has 16 rows, 32 lanes (16 pairs of gate and up) and a depth of 32, so
 that these sizes have whole tiles, tiles that cross an end, and none.

@@ -1,6 +1,6 @@
 """The Triton kernels of the optim room against float64 and the C++ kernels, in the interpreter.
 
-Run by tests/test_optim_triton.py in a process of its own: TRITON_INTERPRET has to be 1 before
+Run by tests/test_interpreted.py in a process of its own: TRITON_INTERPRET has to be 1 before
 triton is imported, and other tests need the real compiler. The name keeps pytest from collecting
 this file by itself.
 """
