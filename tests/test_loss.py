@@ -320,6 +320,15 @@ def test_dweight_of_many_blocks_is_summed_in_float32(monkeypatch):
     assert rms(got - want) < 0.004 * rms(want)
 
 
+@pytest.mark.parametrize("n_tokens", [40, 512, 3000])
+def test_a_sum_over_tokens_is_rounded_once(n_tokens):
+    h, weight = normal(n_tokens, 24), normal(300, 24, seed=1)
+    labels = torch.arange(n_tokens) % 300
+    each = tw.linear_cross_entropy(h, weight, labels, reduction="none").double()
+    total = tw.linear_cross_entropy(h, weight, labels, reduction="sum").double()
+    assert (total - each.sum()).abs() <= 2.0**-24 * each.sum()
+
+
 def test_a_tied_embedding_gets_both_gradients():
     weight = normal(20, 8).requires_grad_()
     ids = torch.arange(12)

@@ -195,12 +195,15 @@ def call_statistics(head: Head, wants_total: bool, name: str, n_labels: int, imp
 
 
 def summed(log_probs, lse, total, upstream: Upstream) -> torch.Tensor:
-    """The loss of all tokens."""
-    loss = (log_probs * upstream.for_ids).sum()
-    for value, factor in ((total, upstream.for_total), (lse.square(), upstream.for_square)):
+    """The loss of all tokens, whose sum is rounded once."""
+    loss = (log_probs.double() * upstream.for_ids.double()).sum()
+    for value, factor in (
+        (total, upstream.for_total),
+        (lse.double().square(), upstream.for_square),
+    ):
         if factor is not None:
-            loss = loss + (value * factor).sum()
-    return loss
+            loss = loss + (value.double() * factor.double()).sum()
+    return loss.to(log_probs.dtype)
 
 
 def _loss(*inputs):
