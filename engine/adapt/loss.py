@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tilewright.adapt import undo
 from tilewright.adapt.deferred import DeferredLogits
-from tilewright.adapt.forms import DTYPES, FEW, PLAIN, derived, why_not_here
+from tilewright.adapt.forms import DTYPES, FEW, PLAIN, derived, is_hooked, why_not_here
 from tilewright.adapt.table import Replacement, Request, Site
 
 NOTE = "in training, with labels"
@@ -45,14 +45,8 @@ def _takes(head: Any, x: torch.Tensor) -> bool:
         and (alike or torch.is_autocast_enabled(x.device.type))
         and x.shape[-1:] == head.weight.shape[1:]
         and x.numel() // x.shape[-1] * head.weight.shape[0] >= FEW
-        and not has_hooks(head)
+        and not is_hooked(head)
     )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody else sees what goes into the module or comes out."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
 
 @contextlib.contextmanager
@@ -114,7 +108,7 @@ def why_not(site: Site, request: Request) -> str | None:
     head = _head(site.module)
     if not _is_plain(head):
         return f"its output head is a {type(head).__name__}, not a plain linear layer"
-    if has_hooks(head):
+    if is_hooked(head):
         return "its output head has hooks, or a forward of its own"
     if "forward" in vars(site.module):
         return "its forward was wrapped before"

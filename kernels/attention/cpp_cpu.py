@@ -6,23 +6,15 @@ import torch
 
 from tilewright.native import native
 from tilewright.ops.attention.problem import Problem
+from tilewright.ops.common.cpu import NAMES, why_not_on_cpu
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_VIEW = (0, 0, 0, 0, 0)
 DECODE_KEYS = 256  # below, packing k and v costs little
 DECODE_ROWS = 16  # queries times heads that share a key: more are faster as a tile of the forward
 
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in NAMES:
-        return f"no kernel for {p.dtype}"
-    try:
-        native()
-    except (ImportError, RuntimeError, ValueError) as error:
-        return str(error)
-    return None
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _view(t: torch.Tensor) -> tuple[int, ...]:

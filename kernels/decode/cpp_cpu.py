@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from tilewright.native import native, why_not_native
-from tilewright.ops.decode.problem import LOGITS, Problem
-
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
+from tilewright.native import native
+from tilewright.ops.common.cpu import NUMBERS, why_not_on_cpu
+from tilewright.ops.decode.problem import Problem
 
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in LOGITS:
-        return f"no kernel for {p.dtype}"
-    return why_not_native()
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _in_rows(t: torch.Tensor) -> torch.Tensor:

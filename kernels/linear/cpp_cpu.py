@@ -7,27 +7,19 @@ from dataclasses import replace
 import torch
 
 from tilewright.native import native
+from tilewright.ops.common.cpu import NAMES, why_not_on_cpu
 from tilewright.ops.common.packed import FORMATS
 from tilewright.ops.common.packed_cpu import native_packed
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_ROWS = (0, 0)
 MOST_LAYERS = 8  # csrc/linear/linear.h
 
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in NAMES:
-        return f"no kernel for {p.dtype}"
     if p.format != DENSE and p.group_size % 8 and p.group_size < p.in_features:
         return f"group_size is {p.group_size}, the kernel needs a multiple of 8"
-    try:
-        native()
-    except (ImportError, RuntimeError, ValueError) as error:
-        return str(error)
-    return None
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _in_rows(t: torch.Tensor) -> torch.Tensor:

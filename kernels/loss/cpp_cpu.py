@@ -5,22 +5,13 @@ from __future__ import annotations
 import torch
 
 from tilewright.native import native
+from tilewright.ops.common.cpu import NUMBERS, why_not_on_cpu
 from tilewright.ops.loss import blocks
 from tilewright.ops.loss.problem import Found, Head, Problem, Upstream
 
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
-
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in NUMBERS:
-        return f"no kernel for {p.dtype}"
-    try:
-        native()
-    except (ImportError, RuntimeError, ValueError) as error:
-        return str(error)
-    return None
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _floats(t: torch.Tensor | None) -> torch.Tensor | None:

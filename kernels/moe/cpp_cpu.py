@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.native import native
+from tilewright.ops.common.cpu import NAMES, why_not_on_cpu
 from tilewright.ops.common.packed import PackedWeight
 from tilewright.ops.common.packed_cpu import native_packed
 from tilewright.ops.moe.low_rank import LoopedProducts
@@ -12,23 +13,14 @@ from tilewright.ops.moe.problem import DENSE, Operands, Problem
 
 grouped, outer = LoopedProducts.grouped, LoopedProducts.outer
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_ROWS = (0, 0)
 
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in NAMES:
-        return f"no kernel for {p.dtype}"
     for packing, n_in in ((p.up, p.features), (p.down, p.width)):
         if packing.format != DENSE and packing.group_size % 8 and packing.group_size < n_in:
             return f"group_size is {packing.group_size}, the kernel needs a multiple of 8"
-    try:
-        native()
-    except (ImportError, RuntimeError, ValueError) as error:
-        return str(error)
-    return None
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _in_rows(t: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.native import native
+from tilewright.ops.common.cpu import NUMBERS, why_not_on_cpu
 from tilewright.ops.norm.problem import (
     ACTIVATIONS,
     LAYER,
@@ -15,20 +16,11 @@ from tilewright.ops.norm.problem import (
     y_dtype,
 )
 
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 _ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}  # csrc/norm/norm.h
 
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in NUMBERS:
-        return f"no kernel for {p.dtype}"
-    try:
-        native()
-    except (ImportError, RuntimeError, ValueError) as error:
-        return str(error)
-    return None
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _in_rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -6,18 +6,13 @@ import math
 
 import torch
 
-from tilewright.native import native, why_not_native
-from tilewright.ops.optim.problem import PARAMETERS, STOCHASTIC, Problem
-
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
+from tilewright.native import native
+from tilewright.ops.common.cpu import NUMBERS, why_not_on_cpu
+from tilewright.ops.optim.problem import STOCHASTIC, Problem
 
 
 def why_not(p: Problem) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in PARAMETERS:
-        return f"no kernel for {p.dtype}"
-    return why_not_native()
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:

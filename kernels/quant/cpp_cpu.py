@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from tilewright.native import native, why_not_native
+from tilewright.ops.common.cpu import NAMES
 from tilewright.ops.common.packed import PackedWeight
 from tilewright.ops.common.packed_cpu import native_packed
-
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def why_not(weight: PackedWeight) -> str | None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tilewright.native import native, why_not_native
-
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+from tilewright.native import native
+from tilewright.ops.common.cpu import NAMES, why_not_on_cpu
 
 
 def why_not(p) -> str | None:
-    if p.device != "cpu":
-        return f"tensors are on {p.device}"
-    if p.dtype not in NAMES:
-        return f"no kernel for {p.dtype}"
-    return why_not_native()
+    return why_not_on_cpu(p.device, p.dtype)
 
 
 def _in_rows(t: torch.Tensor) -> torch.Tensor:
