@@ -15,6 +15,7 @@ import tilewright
 from tilewright import PackedWeight, QuantizedLinear, pretrained
 from tilewright.cache import new_cache
 from tilewright.quantized import replace_module
+from tilewright.step import Stepper
 
 FORMATS = {"int4": tilewright.Int4(64, solver="minmax"), "nf4": tilewright.NF4(64)}
 HEAD, HEAD_FORMAT = "lm_head", tilewright.Int8()
@@ -146,23 +147,28 @@ class HostedSession:
 
     tokens   (P + T,); P are in the cache before a call
     before   P; with 0 a call reads all T tokens at once, else one after the other
+    is_ours  as `tilewright.generate` steps through a model
     """
 
     def __init__(self, model: nn.Module, tokens: torch.Tensor, before: int, is_ours: bool):
         self.model, self.tokens, self.before, self.is_ours = model, tokens[None], before, is_ours
-        self.cache = self._new_cache()
+        self._renew()
         if before:
             self._read(0, before)
 
-    def _new_cache(self):
+    def _renew(self) -> None:
         from transformers import DynamicCache
 
         config = pretrained.config_of(self.model)
-        return new_cache(config) if self.is_ours else DynamicCache(config=config)
+        self.cache = new_cache(config) if self.is_ours else DynamicCache(config=config)
+        self.step = Stepper(self.model, self.cache) if self.is_ours else None
 
     @torch.no_grad()
     def _read(self, start: int, end: int) -> torch.Tensor:
         """(V,) logits after the last of these tokens."""
+        if self.step is not None:
+            positions = torch.arange(start, end, device=self.tokens.device)[None]
+            return self.step(self.tokens[:, start:end], None, positions)[0].clone()
         return self.model(
             self.tokens[:, start:end], past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits[0, -1]
@@ -171,8 +177,10 @@ class HostedSession:
         """Logits after the last token (1, V), or after each (T, V) where P > 0."""
         n = self.tokens.shape[1]
         if not self.before:
-            self.cache = self._new_cache()
+            self._renew()
             return self._read(0, n)[None]
         rows = [self._read(i, i + 1) for i in range(self.before, n)]
+        if self.step is not None:
+            self.step.settle()
         self.cache.crop(self.before - n)  # so many less
         return torch.stack(rows)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "recording.h"
 
 namespace py = pybind11;
 
@@ -183,6 +184,23 @@ void backward(const std::string& dtype, const py::tuple& dout, int64_t dlse, con
   expect_memory(tw::attention_backward(call), "flash_attention_backward");
 }
 
+void check_lengths(const char* op, const int32_t* lengths, int64_t batch, int64_t least, int64_t slots) {
+  for (int64_t b = 0; b < batch; ++b)
+    TW_CHECK(least <= lengths[b] && lengths[b] <= slots, op, ": key_lengths[", b, "] is ", lengths[b],
+             ", need ", least, " to ", slots, ", the slots of a row");
+}
+
+// of the pages that hold a row's positions, where there are pages
+template <class Call>
+void check_pages(const char* op, const Call& call, int64_t n_pages) {
+  for (int64_t b = 0; call.page_table && b < call.batch; ++b)
+    for (int64_t p = 0; p * call.page_size < call.key_lengths[b]; ++p) {
+      const int32_t page = call.page_table[b * call.pages_per_row + p];
+      TW_CHECK(0 <= page && page < n_pages, op, ": page_table[", b, ", ", p, "] is ", page, ", need 0 to ",
+               n_pages - 1);
+    }
+}
+
 // (pages_per_row, page_size, n_pages): n_pages bounds the table's entries
 void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
             const py::tuple& out, int64_t lse, const py::tuple& extents, const py::tuple& rule_values,
@@ -214,22 +232,39 @@ void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, co
   call.sinks = pointer<const float>(sinks);
   call.splits = splits;
   call.threads = threads;
-  const int64_t slots = call.pages_per_row * call.page_size;
-  for (int64_t b = 0; b < e.batch; ++b) {
-    const int64_t length = call.key_lengths[b];
-    TW_CHECK(0 <= length && length <= slots, "flash_decode: key_lengths[", b, "] is ", length, ", need 0 to ",
-             slots, ", the slots of a row");
+  check_lengths("flash_decode", call.key_lengths, e.batch, 0, call.pages_per_row * call.page_size);
+  for (int64_t b = 0; b < e.batch; ++b)
     TW_CHECK(call.key_starts[b] >= 0, "flash_decode: key_starts[", b, "] is ", call.key_starts[b],
              ", need at least 0");
-    if (call.page_table)
-      for (int64_t p = 0; p * call.page_size < length; ++p) {
-        const int32_t page = call.page_table[b * call.pages_per_row + p];
-        TW_CHECK(0 <= page && page < n_pages, "flash_decode: page_table[", b, ", ", p, "] is ", page,
-                 ", need 0 to ", n_pages - 1);
-      }
-  }
-  py::gil_scoped_release release;
-  expect_memory(tw::attention_decode(call), "flash_decode");
+  check_pages("flash_decode", call, n_pages);
+  tw::make_or_record([call] { expect_memory(tw::attention_decode(call), "flash_decode"); });
+}
+
+// pages as in decode; the lengths are checked here, and again by nobody
+void append(const py::tuple& k, const py::tuple& v, const py::tuple& k_cache, const py::tuple& v_cache,
+            const py::tuple& extents, int64_t itemsize, int64_t page_table, const py::tuple& pages,
+            int64_t key_lengths) {
+  const Extents e = extents_of(extents);
+  check_extents(e);
+  tw::AppendCall call;
+  call.itemsize = itemsize;
+  call.k = view_of(k);
+  call.v = view_of(v);
+  call.k_cache = view_of(k_cache);
+  call.v_cache = view_of(v_cache);
+  call.batch = e.batch;
+  call.n_tokens = e.n_q;
+  call.n_heads = e.n_kv_heads;
+  call.head_dim = e.head_dim;
+  call.value_dim = e.value_dim;
+  call.page_table = pointer<const int32_t>(page_table);
+  call.pages_per_row = pages[0].cast<int64_t>();
+  call.page_size = pages[1].cast<int64_t>();
+  const int64_t n_pages = pages[2].cast<int64_t>();
+  call.key_lengths = pointer<const int32_t>(key_lengths);
+  check_lengths("append_to_cache", call.key_lengths, e.batch, e.n_q, call.pages_per_row * call.page_size);
+  check_pages("append_to_cache", call, n_pages);
+  tw::make_or_record([call] { tw::attention_append(call); });
 }
 
 }  // namespace
@@ -238,4 +273,5 @@ void register_attention(py::module_& m) {
   m.def("attention_forward", &forward);
   m.def("attention_backward", &backward);
   m.def("attention_decode", &decode);
+  m.def("attention_append", &append);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "packed.h"
+#include "recording.h"
 
 namespace py = pybind11;
 
@@ -88,6 +89,15 @@ void expect_one_x(const tw::LinearCall& first, const tw::LinearCall& call, size_
            "fused_linear: layers over different x");
 }
 
+void make(const tw::LinearCall* calls, int n) {
+  if (n == 0) return;
+  struct Calls {
+    tw::LinearCall list[tw::kMostLayers];
+  } kept;
+  std::copy(calls, calls + n, kept.list);
+  tw::make_or_record([kept, n] { expect_memory(tw::linear_forward(kept.list, n)); });
+}
+
 // each layer: dtype, (T, I, O, R), x, y, weight, ... as call_of takes them
 void forward(const std::vector<py::tuple>& layers, int threads) {
   tw::LinearCall calls[tw::kMostLayers];
@@ -98,9 +108,7 @@ void forward(const std::vector<py::tuple>& layers, int threads) {
     if (call.tokens == 0 || call.out_features == 0) continue;
     calls[n++] = call;
   }
-  if (n == 0) return;
-  py::gil_scoped_release release;
-  expect_memory(tw::linear_forward(calls, n));
+  make(calls, n);
 }
 
 // each layer: (dy, dx, (dbias, ddown, dup), its call as in the forward), 0 where a gradient is not wanted; dx
@@ -142,9 +150,7 @@ class PreparedLinear {
   // x (tokens, I) and y (tokens, O), rows without a gap
   void run(int64_t x, int64_t tokens, int64_t y, int64_t bias, int threads) const {
     const tw::LinearCall call = call_at(x, tokens, y, bias, threads);
-    if (tokens == 0 || call.out_features == 0) return;
-    py::gil_scoped_release release;
-    expect_memory(tw::linear_forward(&call, 1));
+    make(&call, tokens == 0 || call.out_features == 0 ? 0 : 1);
   }
 
   tw::LinearCall call_at(int64_t x, int64_t tokens, int64_t y, int64_t bias, int threads) const {
@@ -176,9 +182,7 @@ void run_prepared(const std::vector<const PreparedLinear*>& layers, int64_t x, i
     if (tokens == 0 || call.out_features == 0) continue;
     calls[n++] = call;
   }
-  if (n == 0) return;
-  py::gil_scoped_release release;
-  expect_memory(tw::linear_forward(calls, n));
+  make(calls, n);
 }
 
 void sampled(const std::string& dtype, const py::tuple& extents, const py::tuple& dy, const py::tuple& x,

@@ -19,6 +19,7 @@ void register_norm(py::module_& m);
 void register_moe(py::module_& m);
 void register_optim(py::module_& m);
 void register_quant(py::module_& m);
+void register_recording(py::module_& m);
 void register_sparse(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -50,5 +51,6 @@ PYBIND11_MODULE(_C, m) {
   register_moe(m);
   register_optim(m);
   register_quant(m);
+  register_recording(m);
   register_sparse(m);
 }

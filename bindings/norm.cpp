@@ -6,6 +6,7 @@
 #include <string>
 
 #include "check.h"
+#include "recording.h"
 
 namespace py = pybind11;
 
@@ -69,8 +70,7 @@ void norm_forward(int dtype, bool has_wide_weight, bool has_wide_y, int64_t n_ro
   call.residual = rows(residual, residual_row);
   call.sum = rows(sum, width);
   TW_CHECK(!residual == !sum, "norm: a residual needs a place for the sum");
-  py::gil_scoped_release release;
-  tw::norm_forward(call);
+  tw::make_or_record([call] { tw::norm_forward(call); });
 }
 
 void norm_backward(int dtype, bool has_wide_weight, bool has_wide_y, int64_t n_rows, int64_t width, int64_t x,
@@ -119,8 +119,7 @@ void rope(int dtype, bool has_wide_tables, bool is_interleaved, bool is_inverse,
     TW_CHECK(stray < 0, "rope: positions[", stray / length, ", ", stray % length, "] is ",
              call.positions[stray], ", need 0 to ", n_positions - 1, ", the rows of cos");
   }
-  py::gil_scoped_release release;
-  tw::rope(call);
+  tw::make_or_record([call] { tw::rope(call); });
 }
 
 tw::GatedCall gated_call(int dtype, int activation, int64_t n_rows, int64_t width, int64_t gate,
@@ -145,8 +144,7 @@ void gated_forward(int dtype, int activation, int64_t n_rows, int64_t width, int
                    int64_t up, int64_t up_row, int64_t y, int threads) {
   const tw::GatedCall call =
       gated_call(dtype, activation, n_rows, width, gate, gate_row, up, up_row, y, width, threads);
-  py::gil_scoped_release release;
-  tw::gated_forward(call);
+  tw::make_or_record([call] { tw::gated_forward(call); });
 }
 
 void gated_backward(int dtype, int activation, int64_t n_rows, int64_t width, int64_t gate, int64_t gate_row,

@@ -29,6 +29,23 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
+    def room(self) -> int:
+        """How many tokens can be written behind the present ones where they are."""
+        if not self.is_initialized or not self.keys.numel():
+            return 0
+        held = {"keys": self.keys, "values": self.values}
+        spare = [
+            buffer.shape[-2] - held[name].shape[-2] if _begins(buffer, held[name]) else 0
+            for name, buffer in self.buffers.items()
+        ]
+        return min(spare, default=0)
+
+    def take_in(self, n: int) -> None:
+        """Count `n` tokens in that somebody else has written to the buffers."""
+        end = self.keys.shape[-2] + n
+        self.keys = self.buffers["keys"][:, :, :end]
+        self.values = self.buffers["values"][:, :, :end]
+
     def _append(self, name: str, old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         if old is None or not old.numel():
             old = new[:, :, :0]

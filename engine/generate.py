@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, overload
@@ -12,7 +11,7 @@ from torch import nn
 
 from tilewright.data import TokenizerLike
 from tilewright.files import InputError
-from tilewright.pretrained import base_of, config_of
+from tilewright.pretrained import config_of
 from tilewright.sampling import Sampler, Sampling
 
 BROKEN = "�"  # what a tokenizer writes for bytes that are not whole characters (yet)
@@ -232,7 +231,9 @@ class _Request:
 
 def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Iterator[Piece]:
     """Prefill, then one forward a token for the requests that go on."""
-    from tilewright.cache import new_cache  # brings transformers in, which takes seconds
+    # these bring transformers in, which takes seconds
+    from tilewright.cache import new_cache
+    from tilewright.step import Stepper
 
     device = next(model.parameters()).device
     was_training = model.training
@@ -248,10 +249,10 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
             mask[row, longest - n :] = 1
         sampler = Sampler([r.rule for r in live], [r.prompt for r in live], device)
         cache = new_cache(model.config)
+        step = Stepper(model, cache)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         while live:
-            logits = _forward(model, input_ids, mask, position_ids, cache)
-            tokens = sampler.draw(logits)
+            tokens = sampler.draw(step(input_ids, mask, position_ids))
             for request, token in zip(live, tokens.tolist(), strict=True):
                 yield request.accept(token, ends)
             rows = [row for row, request in enumerate(live) if request.reason is None]
@@ -262,25 +263,10 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
                     break
                 index = torch.tensor(rows, device=device)
                 sampler.keep(rows)
+                step.settle()
                 cache.batch_select_indices(index)
                 tokens, mask, position_ids = tokens[index], mask[index], position_ids[index]
             input_ids = tokens[:, None]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def _forward(model: nn.Module, input_ids, mask, position_ids, cache) -> torch.Tensor:
-    """Logits of the last position, (B, V)."""
-    last_only = {}
-    if "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
-        last_only = {"logits_to_keep": 1}
-    return model(
-        input_ids=input_ids,
-        attention_mask=None if bool(mask.all()) else mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        **last_only,
-    ).logits[:, -1]

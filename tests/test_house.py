@@ -88,7 +88,8 @@ def foreign(names: set[str], allowed) -> list[str]:
 
 
 CORE = tuple(
-    f"tilewright.{name}" for name in ("shapes", "choose", "settings", "native", "direct", "files")
+    f"tilewright.{name}"
+    for name in ("shapes", "choose", "settings", "native", "direct", "recording", "files")
 )
 # what one file of a room reads a foreign format with
 READS_WITH = {"kernels/quant/gguf.py": ("gguf", "numpy")}

@@ -77,6 +77,18 @@ struct DecodeCall {
   int threads;
 };
 
+// The last n_tokens of each row's key_lengths: from k and v (batch, token, head, lane) into a cache as above.
+struct AppendCall {
+  int64_t itemsize;
+  View k, v, k_cache, v_cache;
+  int64_t batch, n_tokens;
+  int n_heads, head_dim, value_dim;
+  const int32_t* page_table;
+  int64_t pages_per_row, page_size;
+  const int32_t* key_lengths;  // the new tokens counted in
+};
+void attention_append(const AppendCall& call);
+
 // Each returns false if scratch memory cannot be had.
 bool attention_forward(const AttentionCall& call);
 bool attention_backward(const BackwardCall& call);

@@ -16,35 +16,42 @@ from tilewright.adapt.forms import DTYPES, FEW, PLAIN, derived, is_like, why_not
 from tilewright.adapt.table import Replacement, Request, Site
 from tilewright.ops import layer_norm, rms_norm
 
+LLAMA, GEMMA = "llama", "gemma"  # castings of rms_norm
 
-class LlamaForm:
+
+class RmsForm:
+    """What the forms of RMSNorm share: `options` are those of rms_norm."""
+
+    EPS = "variance_epsilon"
+    CASTING = LLAMA
+    OFFSET = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """Beside x and the weight."""
+        eps = getattr(self, self.EPS)
+        return {"eps": eps, "casting": self.CASTING, "weight_offset": self.OFFSET}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm: Any = self
+        if not _takes(x, norm.weight):
+            return super().forward(x)  # type: ignore[misc]
+        return rms_norm(x, norm.weight, **self.options())
+
+
+class LlamaForm(RmsForm):
     """Rounds before the weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm: Any = self
-        if not _takes(x, norm.weight):
-            return super().forward(x)  # type: ignore[misc]
-        return rms_norm(x, norm.weight, eps=norm.variance_epsilon)
 
-
-class OlmoForm:
+class OlmoForm(RmsForm):
     """Rounds once."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm: Any = self
-        if not _takes(x, norm.weight):
-            return super().forward(x)  # type: ignore[misc]
-        return rms_norm(x, norm.weight, eps=norm.variance_epsilon, casting="gemma")
+    CASTING = GEMMA
 
 
-class GemmaForm:
+class GemmaForm(RmsForm):
     """Rounds once, and keeps its weight less 1."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm: Any = self
-        if not _takes(x, norm.weight):
-            return super().forward(x)  # type: ignore[misc]
-        return rms_norm(x, norm.weight, eps=norm.eps, casting="gemma", weight_offset=1.0)
+    EPS, CASTING, OFFSET = "eps", GEMMA, 1.0
 
 
 class LayerForm:

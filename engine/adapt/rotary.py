@@ -75,11 +75,11 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def why_not(site: Site, request: Request) -> str | None:
-    return _why_not_class(site.module.__class__) or why_not_here(site)
+    return why_not_class(site.module.__class__) or why_not_here(site)
 
 
 @functools.cache
-def _why_not_class(cls: Any) -> str | None:
+def why_not_class(cls: Any) -> str | None:
     forward: Any = cls.forward
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return "its forward is wrapped"

@@ -78,18 +78,18 @@ def _kind_of(module: nn.Module) -> str | None:
 def _layers(x: torch.Tensor, projections: tuple[nn.Module, ...]) -> list[LinearLayer] | None:
     if torch.compiler.is_compiling() or type(x) not in PLAIN or x.device.type != "cpu":
         return None  # there it would be one call each in any case
-    if _sees_every_module():
+    if sees_every_module():
         return None
     found = []
     for projection in projections:
-        layer = None if is_hooked(projection) else _layer_of(projection, x)
+        layer = None if is_hooked(projection) else layer_of(projection, x)
         if layer is None:
             return None
         found.append(layer)
     return found
 
 
-def _layer_of(module: Any, x: torch.Tensor) -> LinearLayer | None:
+def layer_of(module: Any, x: torch.Tensor) -> LinearLayer | None:
     """What the module hands to our operator for this x, or None where it does something else."""
     if module._compiled_call_impl is not None or type(module).__call__ is not nn.Module.__call__:
         return None
@@ -101,7 +101,7 @@ def _layer_of(module: Any, x: torch.Tensor) -> LinearLayer | None:
     return None
 
 
-def _sees_every_module() -> bool:
+def sees_every_module() -> bool:
     """Whether there are hooks on every module; private to torch, and where it is missing yes."""
     asks = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
     return asks is None or bool(asks())

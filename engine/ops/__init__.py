@@ -1,6 +1,11 @@
 """The front desk: every public operator, on one page."""
 
-from tilewright.ops.attention import ShiftedSegments, flash_attention, flash_decode
+from tilewright.ops.attention import (
+    ShiftedSegments,
+    append_to_cache,
+    flash_attention,
+    flash_decode,
+)
 from tilewright.ops.common import PackedWeight, WeightDelta
 from tilewright.ops.decode import fuse_logits, sample_tokens
 from tilewright.ops.linear import (
@@ -116,6 +121,7 @@ __all__ = [
     "adamw_update",
     "add_router_noise",
     "alignment_loss",
+    "append_to_cache",
     "balance_loss",
     "cached_step",
     "choose_tokens",

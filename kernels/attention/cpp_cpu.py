@@ -130,3 +130,16 @@ def decode(q, k, v, p: Problem, num_splits: int):
         num_splits, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
+
+
+def append(k, v, k_cache, v_cache, key_lengths, page_table) -> None:
+    batch, n, n_kv_heads, head_dim = k.shape
+    slots = k_cache.shape[1]
+    table = None if page_table is None else page_table.contiguous()
+    lengths = key_lengths.contiguous()
+    native().attention_append(
+        _view(k), _view(v), _view(k_cache), _view(v_cache),
+        (batch, n, slots, n_kv_heads, n_kv_heads, head_dim, v.shape[3]), k.itemsize,
+        _address(table), (1 if table is None else table.shape[1], slots, k_cache.shape[0]),
+        lengths.data_ptr(),
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from tilewright.ops.common.cpu import NAMES, why_not_on_cpu
 from tilewright.ops.common.packed import FORMATS
 from tilewright.ops.common.packed_cpu import native_packed
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
+from tilewright.recording import expect_no_copy, keep
 
 NO_ROWS = (0, 0)
 MOST_LAYERS = 8  # csrc/linear/linear.h
@@ -55,6 +56,7 @@ class _Held:
         self.order = None
         if o.input_order is not None:
             # what is packed stands in another order of inputs: x and down follow it
+            expect_no_copy("fused_linear", "its input_order copies x")
             self.order = o.input_order.long()
         self.x = self.ordered(_in_rows(x))
         self.weight = None if o.weight is None else _in_rows(o.weight)
@@ -118,7 +120,8 @@ def forward_of_layers(x, layers: list[tuple[Operands, Problem]]) -> list[tuple]:
     results = [(x.new_empty(p.tokens, p.out_features), x.new_empty(p.tokens, p.rank))
                for _, p in layers]  # fmt: skip
     x = _in_rows(x)
-    held = [_Held(x, o, p) for o, p in layers]
+    held = [keep(_Held(x, o, p)) for o, p in layers]
+    keep(results)
     calls = [_call(h, p, *r) for h, (_, p), r in zip(held, layers, results, strict=True)]
     native().linear_forward(calls, torch.get_num_threads())
     return results

@@ -20,6 +20,7 @@ from tilewright.ops.common.packed import PackedWeight
 from tilewright.ops.common.packed_cpu import native_packed
 from tilewright.ops.linear import cpp_cpu
 from tilewright.ops.linear.problem import Problem
+from tilewright.recording import keep
 
 
 class _Prepared:
@@ -87,7 +88,7 @@ def call(
     if prepared is None:
         return None
     y = x.new_empty(*x.shape[:-1], weight.out_features)
-    bias = cpp_cpu.floats(bias)
+    bias = keep(cpp_cpu.floats(bias))
     prepared.native(
         x.data_ptr(), x.numel() // weight.in_features, y.data_ptr(),
         0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
@@ -107,7 +108,7 @@ def call_together(
         if prepared is None:
             return None
         natives.append(prepared.native)
-        biases.append(cpp_cpu.floats(bias))
+        biases.append(keep(cpp_cpu.floats(bias)))
     ys = [x.new_empty(*x.shape[:-1], weight.out_features) for weight, _ in layers]
     native().linear_prepared(
         natives, x.data_ptr(), x.numel() // x.shape[-1], [y.data_ptr() for y in ys],
