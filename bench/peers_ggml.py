@@ -115,6 +115,12 @@ def _end_thread() -> None:
         _thread.cache_clear()
 
 
+def apart_for_once(work: Callable[[], Result]) -> Result:
+    """The same for work that is long beside the start of some threads, which then end with it."""
+    with ThreadPoolExecutor(1, "ggml") as thread:
+        return thread.submit(work).result()
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """libggml of the package, its functions with their types; nothing of Python is imported."""

@@ -144,7 +144,7 @@ class Session:
         weakref.finalize(self, api.llama_free, self._context)
         self._memory = api.llama_get_memory(self._context)
         if before:
-            peers_ggml.apart(lambda: self._read(0, before))
+            peers_ggml.apart_for_once(lambda: self._read(0, before))
 
     def _read(self, start: int, end: int) -> torch.Tensor:
         """(V,) logits after the last of these tokens."""
@@ -159,7 +159,7 @@ class Session:
 
     def __call__(self) -> torch.Tensor:
         """Logits after the last token (1, V), or after each (T, V) where P > 0."""
-        return peers_ggml.apart(self._logits)
+        return peers_ggml.apart_for_once(self._logits)
 
     def _logits(self) -> torch.Tensor:
         if self.before:

@@ -1,5 +1,5 @@
-// Kernel calls kept to be made again. While a thread records, a call that its bindings would hand to a kernel is
-// kept instead of made: addresses and extents stay those of that time, what lies there is free to change.
+// Kernel calls kept to be made again. While a thread records, a call that its bindings would hand to a kernel
+// is kept instead of made: addresses and extents stay those of that time, what lies there is free to change.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -142,7 +142,8 @@ def _why_not(model: nn.Module, causal: Any) -> str | None:
             return f"a layer is a {type(one).__name__} with {type(one.mlp).__name__}"
         if _stock_class(one.self_attn) is not attention or not hasattr(one.self_attn, SETTINGS):
             return "its attention is not accelerated"
-        if getattr(one.self_attn, "sliding_window", None) is not None:
+        window = getattr(causal.config, "sliding_window", None)
+        if getattr(one.self_attn, "sliding_window", window) is not None:
             return "its attention has a window"
     first = next(causal.parameters())
     if first.device.type != "cpu":

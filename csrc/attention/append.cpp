@@ -12,14 +12,14 @@ void copy_heads(const View& from, const View& to, int64_t b, int64_t t, int64_t 
   for (int h = 0; h < heads; ++h) {
     const char* source =
         static_cast<const char*>(from.data) + (b * from.batch + t * from.row + h * from.head) * itemsize;
-    char* target =
-        static_cast<char*>(to.data) + (page * to.batch + slot * to.row + h * to.head) * itemsize;
+    char* target = static_cast<char*>(to.data) + (page * to.batch + slot * to.row + h * to.head) * itemsize;
     if (from.lane == 1 && to.lane == 1) {
       memcpy(target, source, static_cast<size_t>(width * itemsize));
       continue;
     }
     for (int i = 0; i < width; ++i)
-      memcpy(target + i * to.lane * itemsize, source + i * from.lane * itemsize, static_cast<size_t>(itemsize));
+      memcpy(target + i * to.lane * itemsize, source + i * from.lane * itemsize,
+             static_cast<size_t>(itemsize));
   }
 }
 
