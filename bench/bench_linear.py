@@ -18,6 +18,7 @@ import tilewright
 from tilewright.bench import peers_ggml
 from tilewright.bench.variant import Variant
 from tilewright.ops.common.packed import unpack_codes, unpack_rows
+from tilewright.recording import Recording
 
 GRADIENTS = ("x",)
 UPDATED = ("x", "down", "up")  # of a case with an update
@@ -154,6 +155,24 @@ def ours(case: dict, x, weight, down=None, up=None, impl: str = "auto") -> torch
         x, _weight(case, weight), down=down, up=up, scale=2.0,
         int8_activations=case.get("a8", False), impl=impl,
     )  # fmt: skip
+
+
+def recorded(case: dict, inputs: dict) -> dict:
+    """The call as it is made within a recorded step of `tilewright.generate`: without Python."""
+    x, calls = inputs["x"], Recording()
+    if not x.is_cpu or x.requires_grad:
+        raise NotImplementedError("calls are recorded on a CPU and without a gradient")
+    with torch.no_grad():
+        ours(case, **inputs)  # what a first call prepares
+        with calls.on():
+            calls.keep(inputs)
+            y = ours(case, **inputs)
+    return dict(calls=calls, y=y)
+
+
+def again(case: dict, calls: Recording, y: torch.Tensor) -> torch.Tensor:
+    calls()
+    return y
 
 
 def apart(case: dict, x, weight, down=None, up=None) -> torch.Tensor:
@@ -328,6 +347,10 @@ def _is_unfused(case: dict) -> bool:
     return bool(case.get("R")) and case["format"] in ("dense", "nf4")
 
 
+def _is_decode(case: dict) -> bool:
+    return case["T"] == 1 and not case.get("R") and "outs" not in case
+
+
 def _onnx_applies(case: dict) -> bool:
     return _is("int4")(case) and _installed("onnxruntime", "onnx")
 
@@ -338,6 +361,7 @@ def _bitsandbytes_applies(case: dict) -> bool:
 
 VARIANTS = {
     "tilewright": Variant(ours),
+    "tilewright, recorded": Variant(again, prepare=recorded, applies=_is_decode),
     "tilewright, one by one": Variant(apart, applies=_are_several),
     "torch dense": Variant(dense_linear),
     "torch unfused": Variant(stock, applies=_is_unfused),

@@ -31,7 +31,7 @@ class GrowingLayer(DynamicLayer):
 
     def room(self) -> int:
         """How many tokens can be written behind the present ones where they are."""
-        if not self.is_initialized or not self.keys.numel():
+        if not self.is_initialized or self.keys is None or self.values is None:
             return 0
         held = {"keys": self.keys, "values": self.values}
         spare = [
@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):
 
     def take_in(self, n: int) -> None:
         """Count `n` tokens in that somebody else has written to the buffers."""
-        end = self.keys.shape[-2] + n
+        end = self.get_seq_length() + n
         self.keys = self.buffers["keys"][:, :, :end]
         self.values = self.buffers["values"][:, :, :end]
 

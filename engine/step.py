@@ -178,7 +178,7 @@ class _Recorded:
         angles = causal.model.rotary_emb(self._x, torch.zeros(batch, 1, dtype=torch.long))
         self._half = angles[0].shape[-1] // 2
         self._angles = [a[..., : self._half].contiguous() for a in angles]
-        self._lengths = torch.full((batch,), layers[0].keys.shape[2], dtype=torch.int32)
+        self._lengths = torch.full((batch,), layers[0].get_seq_length(), dtype=torch.int32)
         starts = torch.zeros(batch) if mask is None else mask.shape[1] - mask.sum(1)
         self._starts = starts.to(torch.int32)
         self._calls = Recording()
@@ -235,10 +235,10 @@ class _Recorded:
         (y,) = self._linear(out.view(self.batch, 1, -1), attention.o_proj)
         return y
 
-    def _normed(self, norm, x: torch.Tensor, residual: torch.Tensor | None = None):
+    def _normed(self, norm: Any, x: torch.Tensor, residual: torch.Tensor | None = None):
         if not isinstance(norm, norms.RmsForm):
             raise CannotRecord(f"its {type(norm).__name__} is not accelerated")
-        weight: Any = norm.weight
+        weight = vars(norm)["_parameters"]["weight"]
         if weight.dtype != x.dtype:
             raise CannotRecord(f"a norm's weight is {weight.dtype} where x is {x.dtype}")
         if residual is None:
