@@ -22,7 +22,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from tilewright import recording
-from tilewright.adapt import gates, norms, rotary, together
+from tilewright.adapt import gates, loss, norms, rotary, together
 from tilewright.adapt.forms import DTYPES, Renewed, is_hooked
 from tilewright.adapt.interface import SETTINGS
 from tilewright.cache import GrowingLayer
@@ -151,12 +151,20 @@ def _why_not(model: nn.Module, causal: Any) -> str | None:
     return why_not_native()
 
 
-def _stock_class(module: nn.Module) -> type:
-    """The class as it was before the module was accelerated."""
-    return next(
-        cls for cls in type(module).__mro__
-        if issubclass(cls, nn.Module) and not issubclass(cls, Renewed)
-    )  # fmt: skip
+_OF_FACTORIES = (rotary.fused_class, loss.fused_model)  # what their classes compute is known
+_OF_MIXINS = (gates.SplitForm, loss.HeadForm)
+
+
+def _stock_class(module: nn.Module) -> type | None:
+    """The class before the module was accelerated; None if its forward is yet another."""
+    for cls in type(module).__mro__:
+        if issubclass(cls, nn.Module) and not issubclass(cls, Renewed):
+            return cls
+        if "forward" not in vars(cls) or cls in _OF_MIXINS:
+            continue
+        if getattr(cls, "_tilewright_recipe", (None,))[0] not in _OF_FACTORIES:
+            return None
+    return None
 
 
 class _Recorded:
