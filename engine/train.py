@@ -113,9 +113,9 @@ class Trainer:
         if self.options.stock:
             return torch.optim.AdamW(groups, lr=self.peak, betas=betas, fused=True)
         limit = self.options.clip_norm or math.inf
-        if self.options.adapter == "sparse":
+        if getattr(self.tuner, "name", None) == "sparse":
             decay = self.options.weight_decay
-            of_adam = {} if self.options.sparse_rule == "extremes" else {"betas": betas}
+            of_adam = {} if self.tuner.method.rule == "extremes" else {"betas": betas}
             return self.tuner.optimizer(
                 lr=self.peak, weight_decay=decay, clip_norm=limit, **of_adam
             )

@@ -36,8 +36,7 @@ class Tuner:
         self._flags: list[tuple[nn.Parameter, bool]] = []
 
     def __str__(self) -> str:
-        trained = sum(mask.sum().item() for mask in self.only().values())
-        trained += sum(p.numel() for p in self.parameters() if p not in self.only())
+        trained = self.n_trained()
         everything = sum(p.numel() for p in self.model.parameters())
         everything += sum(m.in_features * m.out_features
                           for _, m in quantized_layers(self.model))  # fmt: skip
@@ -48,6 +47,11 @@ class Tuner:
         return "\n".join(
             [*lines, *(f"  {s.name}: {s.was} stays: {s.reason}" for s in self.skipped)]
         )
+
+    def n_trained(self) -> int:
+        """How many values train."""
+        only = self.only()
+        return sum(int(only[p].sum()) if p in only else p.numel() for p in self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
