@@ -69,6 +69,7 @@ setup(
     packages=[
         "tilewright",
         "tilewright.bench",
+        "tilewright.bench.recipes",
         *(f"tilewright.{p}" for p in find_packages("engine")),
         *(f"tilewright.ops.{room}" for room in ROOMS),
     ],

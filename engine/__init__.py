@@ -122,23 +122,31 @@ __version__ = "0.1.0"
 __all__ = [
     "FP4",
     "FP8",
+    "IA3",
     "MXFP4",
     "NF4",
     "SM3",
     "AdamW",
+    "BitFit",
+    "DoRA",
     "ErrorStatistics",
     "ExpertsLora",
     "HalfPlan",
     "Int4",
     "Int8",
     "LinearLayer",
+    "LoRA",
+    "Mask",
     "PackedWeight",
+    "Parallel",
+    "Prefix",
     "QuantConfig",
     "QuantizedLinear",
     "Regrowth",
     "Route",
     "SavedDeltas",
     "SavedWeights",
+    "Sequential",
     "ShiftedSegments",
     "SparseDelta",
     "WeightDelta",
@@ -235,14 +243,24 @@ __all__ = [
     "update_router_bias",
 ]
 
+_METHODS = ("IA3", "BitFit", "DoRA", "LoRA", "Mask", "Parallel", "Prefix", "Sequential")
+
 register_when_imported()
 
 
 def __getattr__(name: str):
-    if name in ("SparseDelta", "load_adapted"):
+    if name in _METHODS:
+        from tilewright.adapt import methods
+
+        return getattr(methods, name)
+    if name == "SparseDelta":
         from tilewright.adapt import sparse
 
-        return getattr(sparse, name)
+        return sparse.SparseDelta
+    if name == "load_adapted":
+        from tilewright.adapt import call
+
+        return call.load_adapted
     if name in ("load_peft_deltas", "save_peft_deltas"):
         from tilewright.adapt import sparse_peft
 

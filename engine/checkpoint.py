@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from tilewright.files import (
     read_json,
     read_tensors,
     replacing,
+    replacing_files,
     write_json,
     write_tensors,
     write_text,
@@ -56,6 +58,7 @@ class RunFolder:
         self.overwrite = overwrite
         self.is_finished = False
         self.start: Path | None = None  # the checkpoint to continue from
+        self.tuner: Any = None  # of a method of `adapt`, which is then what is saved
         if resume:
             self._find_start()
 
@@ -137,10 +140,11 @@ class RunFolder:
         if target not in self.checkpoints():
             shutil.rmtree(target, ignore_errors=True)
             with replacing(target) as beside:
-                pretrained.write_folder(model, tokenizer, beside)
+                self._write(model, tokenizer, beside)
                 state = optimizer_tensors(model, optimizer)
-                write_tensors(beside / "optimizer.safetensors", state | rng)
-                write_json(beside / "state.json", {"step": step})
+                more, plain = self._state_of_tuner()
+                write_tensors(beside / "optimizer.safetensors", state | more | rng)
+                write_json(beside / "state.json", {"step": step, **plain})
         for old in self.checkpoints():
             if old != target:
                 shutil.rmtree(old)
@@ -148,23 +152,62 @@ class RunFolder:
 
     def finish(self, model: nn.Module, tokenizer, settings: dict, summary: dict) -> None:
         """Write the model; when it is in place, the summary; then remove the checkpoints."""
-        pretrained.save(model, tokenizer, self.path)
+        with replacing_files(self.path, last="config.json") as beside:
+            self._write(model, tokenizer, beside)
         write_json(
             self.path / "run.json", {"settings": settings, "finished": True, "summary": summary}
         )
         for checkpoint in self.checkpoints():
             shutil.rmtree(checkpoint)
 
+    def _write(self, model: nn.Module, tokenizer, folder: Path) -> None:
+        if self.tuner is None:
+            pretrained.write_folder(model, tokenizer, folder)
+            return
+        from tilewright import tuned
+
+        tuned.write_folder(self.tuner, tokenizer, folder)
+
+    def _state_of_tuner(self) -> tuple[dict[str, torch.Tensor], dict]:
+        if self.tuner is None:
+            return {}, {}
+        from tilewright import tuned
+
+        tensors, plain = tuned.state_of(self.tuner)
+        return tensors, {"tuner": plain}
+
+    def restore_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, torch.Tensor]:
+        """Give the optimizer, and a tuner, their state of the checkpoint back; returns the other
+        tensors of it, the generators' states."""
+        assert self.start is not None
+        if self.tuner is None:
+            return restore_optimizer(self.start, model, optimizer)
+        from tilewright import tuned
+
+        tensors = read_tensors(self.start / "optimizer.safetensors")
+        plain = read_json(self.start / "state.json").get("tuner", {})
+        tuned.restore_state(self.tuner, tensors, plain)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            for key in [key for key in tensors if key.partition(".")[2] == name]:
+                value = tensors.pop(key).to(parameter.device)
+                optimizer.state[parameter][key.partition(".")[0]] = value
+        return tensors
+
 
 def optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """AdamW's state as tensors named after the parameters."""
+    """The optimizer's state as tensors named after the parameters."""
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
+        f"{moment}.{name}": state
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
-        for moment in _moments(optimizer)
+        for moment, state in optimizer.state[parameter].items()
+        if isinstance(state, torch.Tensor)
     }
 
 

@@ -82,7 +82,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_, add in (
         ("demo", "train, extend, generate and quantize, side by side with stock", _add_demo),
-        ("finetune", "train a model on text, all of it or LoRA", _add_finetune),
+        ("finetune", "train a model on text, all of it or an adapter", _add_finetune),
         ("generate", "continue prompts", _add_generate),
         ("quantize", "pack a model's weights, and measure what that costs", _add_quantize),
         ("bench", "time operators, or a model, against stock", None),
@@ -173,6 +173,8 @@ def _finetune(args: argparse.Namespace) -> int:
         args.model, args.data, out=args.out, resume=args.resume, overwrite=args.overwrite,
         progress=True, trust_remote_code=args.trust_remote_code, **_given(args, TrainOptions),
     )  # fmt: skip
+    if result.tuner is not None:
+        print(f"adapter       {str(result.tuner).splitlines()[0]}")
     print(f"steps         {len(result.losses)}")
     print(f"tokens        {result.n_tokens}")
     print(f"first loss    {result.losses[0]:.4f}")

@@ -185,11 +185,15 @@ class PackedRows:
         return digest.hexdigest()[:16]
 
 
-def pack(documents: Sequence[np.ndarray | Sequence[int]], length: int, pad: int) -> PackedRows:
+def pack(
+    documents: Sequence[np.ndarray | Sequence[int]], length: int, pad: int, apart: bool = False
+) -> PackedRows:
     """Lay documents into rows of `length` tokens by best fit, longest first.
 
     A document longer than a row is cut into pieces of `length`; nothing else is cut and no token
     is lost or repeated. Rows are cut to the fullest one. pad fills the rest of a row.
+
+    apart   each piece gets a row of its own, where several in one would see each other
 
     The rule: Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830, section 2.
     """
@@ -216,7 +220,7 @@ def pack(documents: Sequence[np.ndarray | Sequence[int]], length: int, pad: int)
             if not rows_with_room[room]:
                 del rows_with_room[room], rooms[at]
         rows[row].append(pieces[i])
-        if room > size:
+        if room > size and not apart:
             if room - size not in rows_with_room:
                 rows_with_room[room - size] = []
                 bisect.insort(rooms, room - size)

@@ -11,7 +11,7 @@ from torch import nn
 
 from tilewright.data import TokenizerLike
 from tilewright.files import InputError
-from tilewright.pretrained import config_of
+from tilewright.pretrained import base_of, config_of, method_of
 from tilewright.sampling import Sampler, Sampling
 
 BROKEN = "�"  # what a tokenizer writes for bytes that are not whole characters (yet)
@@ -144,6 +144,8 @@ def _prompt_ids(index: int, prompt, tokenizer) -> list[int]:
 def _check_context(model: nn.Module, requests: list[_Request]) -> None:
     config = config_of(model).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
+    if context is not None and _has_prefix(model):
+        context -= model.active_peft_config.num_virtual_tokens  # type: ignore[union-attr, operator]
     for request in requests:
         n = len(request.prompt)
         if context is not None and n >= context:
@@ -248,9 +250,15 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
             input_ids[row, longest - n :] = torch.tensor(request.prompt, device=device)
             mask[row, longest - n :] = 1
         sampler = Sampler([r.rule for r in live], [r.prompt for r in live], device)
-        cache = new_cache(model.config)
-        step = Stepper(model, cache)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        inner, cache = model, _prefix_of(model, batch)
+        if cache is None:
+            cache = new_cache(model.config)
+        else:  # PEFT's forward would begin anew at each token
+            inner, n_prefix = base_of(model), cache.get_seq_length()
+            mask = torch.cat([mask.new_ones(batch, n_prefix), mask], dim=1)
+            position_ids = position_ids + n_prefix
+        step = Stepper(inner, cache)
         while live:
             tokens = sampler.draw(step(input_ids, mask, position_ids))
             for request, token in zip(live, tokens.tolist(), strict=True):
@@ -270,3 +278,14 @@ def _pieces(model: nn.Module, requests: list[_Request], ends: set[int]) -> Itera
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def _prefix_of(model: nn.Module, batch: int):
+    """The cache that holds the keys and values of PEFT's prefix tuning, or None without such."""
+    return method_of(model, "get_prompt")(batch) if _has_prefix(model) else None
+
+
+def _has_prefix(model: nn.Module) -> bool:
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "peft_type", None) == "PREFIX_TUNING"

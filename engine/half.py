@@ -195,7 +195,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """What a plan draws from, in the model's order."""
     units: list[Unit] = []
     seen: set[nn.Parameter] = set()
-    for number, (prefix, layer) in enumerate(_layers(model)):
+    for number, (prefix, layer) in enumerate(layers_with_attention(model)):
         for name, module in layer.named_modules():
             own = {
                 n: p
@@ -215,7 +215,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     return units
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def layers_with_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers of every outermost list that holds attention."""
     found: list[tuple[str, nn.Module]] = []
     inside: list[str] = []

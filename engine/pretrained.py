@@ -26,6 +26,8 @@ PRESETS = {
     },
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER = "adapter.safetensors"  # of a method that PEFT has no file for, and
+RECORD = "tilewright_adapter.json"  # beside it: {"base_model_name_or_path": ...}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -102,7 +104,7 @@ def load(
 ) -> Loaded:
     """Build the model that `source` names, with its tokenizer.
 
-    source              a model folder; a PEFT adapter's folder; a config.json, or a folder with
+    source              a model folder; the folder of an adapter; a config.json, or a folder with
                         nothing but one: random weights from `seed`; or a preset's name
     needs_weights       refuse random weights
     rope_target_length  stretch RoPE to this context
@@ -123,9 +125,9 @@ def load(
             f"model {source} does not exist, need a model folder, a config.json "
             f"or one of the presets: {', '.join(PRESETS)}"
         )
-    if path.is_dir() and (path / "adapter_config.json").exists():
+    if is_adapter(path):
         if quantization is not None:
-            raise InputError(f"model {path} is a PEFT adapter, need the model it belongs to")
+            raise InputError(f"model {path} is an adapter, need the model it belongs to")
         return _load_adapter(path, dtype, trust_remote_code)
     config_path = path / "config.json" if path.is_dir() else path
     if not config_path.exists():
@@ -270,13 +272,26 @@ def _from_weights(path: Path, config, dtype, trust_remote_code, quantization=Non
     return model
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether it is a folder of PEFT's, or of `finetune` for a method that PEFT has no file for."""
+    return any((path / name).exists() for name in ("adapter_config.json", RECORD))
+
+
 def _load_adapter(path: Path, dtype, trust_remote_code) -> Loaded:
-    peft = import_peft()
-    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    is_peft = (path / "adapter_config.json").exists()
+    record = "adapter_config.json" if is_peft else RECORD
+    base = read_json(path / record).get("base_model_name_or_path")
     if not base:
-        raise InputError(f'{path}/adapter_config.json has no "base_model_name_or_path"')
+        raise InputError(f'{path}/{record} has no "base_model_name_or_path"')
     if not Path(base).is_dir():
         raise InputError(f"the adapter {path} belongs to the model {base}, which is not here")
+    if not is_peft:
+        from tilewright.adapt.call import load_adapted
+
+        loaded = _base_as_trained(path, base, dtype, trust_remote_code)
+        load_adapted(loaded.model, path / ADAPTER)
+        return loaded
+    peft = import_peft()
     if not (path / "adapter_model.safetensors").exists() and any(
         p.suffix in PICKLES for p in path.iterdir()
     ):
@@ -285,6 +300,15 @@ def _load_adapter(path: Path, dtype, trust_remote_code) -> Loaded:
             "it where you trust it, with PEFT's PeftModel.from_pretrained(...).save_pretrained(...)"
         )
     check_safetensors(path / "adapter_model.safetensors")
+    loaded = _base_as_trained(path, base, dtype, trust_remote_code)
+    with quiet_transformers():
+        loaded.model = peft.PeftModel.from_pretrained(loaded.model, path)
+    return loaded
+
+
+def _base_as_trained(path: Path, base: str, dtype, trust_remote_code) -> Loaded:
+    """The base of an adapter with the adapter's tokenizer, its RoPE stretched and weights packed
+    as they were."""
     kept = path / "config.json"  # of the base as it was trained: RoPE stretched, weights packed
     values = read_json(kept) if kept.exists() else {}
     loaded = load(
@@ -297,8 +321,6 @@ def _load_adapter(path: Path, dtype, trust_remote_code) -> Loaded:
         rope = _rope(config)
         if rope is not None and rope != _rope(model.config):
             _set_rope(model, rope, config.max_position_embeddings)
-    with quiet_transformers():
-        model = peft.PeftModel.from_pretrained(model, path)
     return Loaded(model, _tokenizer(path, False) or loaded.tokenizer, str(path), is_new=False)
 
 

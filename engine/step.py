@@ -22,7 +22,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from tilewright import recording
-from tilewright.adapt import gates, loss, norms, rotary, together
+from tilewright.adapt import gates, loss, norms, projections, rotary, together
 from tilewright.adapt.forms import DTYPES, Renewed, is_hooked
 from tilewright.adapt.interface import SETTINGS
 from tilewright.cache import GrowingLayer
@@ -152,7 +152,7 @@ def _why_not(model: nn.Module, causal: Any) -> str | None:
 
 
 _OF_FACTORIES = (rotary.fused_class, loss.fused_model)  # what their classes compute is known
-_OF_MIXINS = (gates.SplitForm, loss.HeadForm)
+_OF_MIXINS = (gates.SplitForm, loss.HeadForm, projections.AheadForm)
 
 
 def _stock_class(module: nn.Module) -> type | None:
@@ -187,6 +187,8 @@ class _Recorded:
         self._half = angles[0].shape[-1] // 2
         self._angles = [a[..., : self._half].contiguous() for a in angles]
         self._lengths = torch.full((batch,), layers[0].get_seq_length(), dtype=torch.int32)
+        if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise CannotRecord("a row has padding that is not to its left")
         starts = torch.zeros(batch) if mask is None else mask.shape[1] - mask.sum(1)
         self._starts = starts.to(torch.int32)
         self._calls = Recording()

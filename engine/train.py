@@ -12,13 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from tilewright import checkpoint, pretrained
-from tilewright.config import DTYPES, OPTION_NAMES, TrainOptions, pick_device, quant_config
+from tilewright.config import (
+    DTYPES,
+    OPTION_NAMES,
+    OVER_PACKED,
+    RATES,
+    TUNED,
+    TrainOptions,
+    pick_device,
+    quant_config,
+)
 from tilewright.data import (
     IGNORED,
     PackedRows,
@@ -30,7 +39,7 @@ from tilewright.data import (
 )
 from tilewright.files import InputError
 from tilewright.half import HalfPlan
-from tilewright.ops import AdamW
+from tilewright.ops import SM3, AdamW
 from tilewright.progress import Progress, Silent
 from tilewright.quantized import quantize, quantized_layers
 
@@ -78,11 +87,14 @@ class Trainer:
     options    what is used of them: dtype, clip_norm, AdamW's numbers and the schedule's
     n_steps    length of the schedule
     peak       highest learning rate
+    tuner      that `adapt` has made of the model, or None: its optimizer, over what it trains
     """
 
-    def __init__(self, model: nn.Module, options: TrainOptions, n_steps: int, peak: float):
+    def __init__(
+        self, model: nn.Module, options: TrainOptions, n_steps: int, peak: float, tuner: Any = None
+    ):
         self.model, self.options, self.n_steps, self.peak = model, options, n_steps, peak
-        self.device = next(model.parameters()).device
+        self.device, self.tuner = next(model.parameters()).device, tuner
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
@@ -101,13 +113,21 @@ class Trainer:
         if self.options.stock:
             return torch.optim.AdamW(groups, lr=self.peak, betas=betas, fused=True)
         limit = self.options.clip_norm or math.inf
+        if getattr(self.tuner, "name", None) == "sparse":
+            decay = self.options.weight_decay
+            of_adam = {} if self.tuner.method.rule == "extremes" else {"betas": betas}
+            return self.tuner.optimizer(
+                lr=self.peak, weight_decay=decay, clip_norm=limit, **of_adam
+            )
+        only = None if self.tuner is None else self.tuner.only()
         return AdamW(
-            groups, lr=self.peak, betas=betas, clip_norm=limit, state_bits=self.options.state_bits
-        )
+            groups, lr=self.peak, betas=betas, clip_norm=limit, only=only,
+            state_bits=self.options.state_bits,
+        )  # fmt: skip
 
     def _update(self) -> float:
         """One step of the optimizer, unless the gradient is not finite; returns its norm."""
-        if isinstance(self.optimizer, AdamW):
+        if isinstance(self.optimizer, (AdamW, SM3)):
             self.optimizer.step()
             assert self.optimizer.last_norm is not None
             return float(self.optimizer.last_norm)
@@ -154,6 +174,8 @@ class Trainer:
             group["lr"] = rate
         grad_norm = self._update() if math.isfinite(total) else math.nan
         self.optimizer.zero_grad()
+        if self.tuner is not None and math.isfinite(grad_norm):
+            self.tuner.after_step(self.optimizer)
         if not math.isfinite(grad_norm):
             what = "loss" if not math.isfinite(total) else "gradient"
             raise TrainingError(f"{what} is not finite at step {step + 1}")
@@ -281,10 +303,12 @@ class _StopRequest:
 class FinetuneResult:
     """What `finetune` returns.
 
-    model      trained, in evaluation mode, with stock operators; a PeftModel with lora_rank
+    model      trained, in evaluation mode, with stock operators; a PeftModel where the method is
+               one of PEFT's
     losses     of every step, in nats a token
     n_tokens   tokens that a loss was taken from, all steps together
     report     what `accelerate` replaced; None with stock
+    tuner      of an adapter that `tilewright.adapt` has made: it merges, saves, removes
     """
 
     model: nn.Module
@@ -293,6 +317,7 @@ class FinetuneResult:
     n_tokens: int
     out: Path | None = None
     report: object = field(default=None, repr=False)
+    tuner: Any = field(default=None, repr=False)
 
 
 def finetune(
@@ -307,7 +332,7 @@ def finetune(
     trust_remote_code: bool = False,
     **options,
 ) -> FinetuneResult:
-    """Train a causal language model on text, all of it, half or LoRA, by tilewright's operators.
+    """Train a causal language model on text, all of it or an adapter, by tilewright's operators.
 
     model              a folder, a config.json or a preset (see `tilewright.pretrained.load`), or
                        a transformers model, which is changed in place
@@ -340,10 +365,10 @@ def finetune(
         raise InputError("resume needs out, the folder of the run to continue")
     documents = read_documents(data) if isinstance(data, (str, os.PathLike)) else list(data)
     loaded = _loaded(model, tokenizer, chosen, trust_remote_code)
-    if not chosen.lora_rank and quantized_layers(loaded.model):
+    if not chosen.trains_beside_packed and quantized_layers(loaded.model):
         raise InputError(
-            f"model {loaded.source} is quantized, and packed weights do not train: "
-            "pass adapter 'lora'"
+            f"model {loaded.source} is quantized, and packed weights do not train: pass adapter "
+            f"'lora' or another of {', '.join(OVER_PACKED[1:])}"
         )
     rows = _rows(documents, loaded, chosen)
     order = RowOrder(len(rows), chosen.rows, chosen.accumulate, chosen.seed)
@@ -355,12 +380,19 @@ def finetune(
         folder.compare(settings)
 
     torch.manual_seed(chosen.seed)
-    trained = choose_parameters(loaded.model, chosen)
+    tuner: Any = None
+    if chosen.adapter in TUNED:
+        tuner = _tuned(loaded.model.to(device), chosen, rows, n_steps, folder)
+        if folder is not None:
+            folder.tuner = tuner
+    trained = choose_parameters(loaded.model, chosen) if tuner is None else tuner.model
     plan = None
     if chosen.adapter == "half":
         plan = HalfPlan(trained, chosen.half_level, chosen.half_ratio, chosen.seed)
         plan.begin(chosen.half_round)
-    if folder is not None and folder.is_finished:
+    if tuner is not None:
+        pass  # made with the values of the checkpoint
+    elif folder is not None and folder.is_finished:
         checkpoint.restore_weights(folder.path, trained)
     elif folder is not None and folder.start is not None:
         checkpoint.restore_weights(folder.start, trained)
@@ -369,7 +401,7 @@ def finetune(
         pretrained.method_of(trained, "gradient_checkpointing_enable")({"use_reentrant": False})
     report = accelerate(trained, chosen)
     peak = chosen.learning_rate or _usual_rate(chosen, loaded.is_new)
-    trainer = Trainer(trained, chosen, n_steps, peak)
+    trainer = Trainer(trained, chosen, n_steps, peak, tuner)
     if folder is not None:
         folder.begin(settings)
     bar = progress if isinstance(progress, Progress) else (
@@ -391,8 +423,18 @@ def finetune(
         summary = {"final_loss": losses[-1], "trained_tokens": n_tokens, "rows": len(rows)}
         folder.finish(trained, loaded.tokenizer, settings, summary)
     return FinetuneResult(
-        trained, loaded.tokenizer, losses, n_tokens, None if out is None else Path(out), report
-    )
+        trained, loaded.tokenizer, losses, n_tokens, None if out is None else Path(out), report,
+        tuner,
+    )  # fmt: skip
+
+
+def _tuned(model, chosen: TrainOptions, rows, n_steps: int, folder: checkpoint.RunFolder | None):
+    from tilewright import tuned
+
+    if folder is not None and folder.is_resumed:
+        start = folder.path if folder.is_finished or folder.start is None else folder.start
+        return tuned.resume(model, start)
+    return tuned.begin(model, chosen, rows, n_steps)
 
 
 def _loaded(model, tokenizer, chosen: TrainOptions, trust_remote_code: bool) -> pretrained.Loaded:
@@ -405,8 +447,8 @@ def _loaded(model, tokenizer, chosen: TrainOptions, trust_remote_code: bool) -> 
         if chosen.base:
             quantize(model, quant_config(chosen.base).record)
         return pretrained.Loaded(model, tokenizer, kind, is_new=False)
-    if (Path(model) / "adapter_config.json").exists():
-        raise InputError(f"model {model} is a PEFT adapter, need the model that it belongs to")
+    if pretrained.is_adapter(Path(model)):
+        raise InputError(f"model {model} is an adapter, need the model that it belongs to")
     loaded = pretrained.load(
         model, seed=chosen.seed, rope_target_length=chosen.rope_target_length,
         trust_remote_code=trust_remote_code,
@@ -423,17 +465,20 @@ def _rows(documents: list, loaded: pretrained.Loaded, chosen: TrainOptions) -> P
         raise InputError("data is empty, need at least one document")
     config = pretrained.config_of(loaded.model)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and chosen.context > limit:
+    more = chosen.prefix_tokens if chosen.adapter == "prefix" else 0
+    if limit is not None and chosen.context + more > limit:
+        beside = f" with {more} of the prefix" if more else ""
         raise InputError(
-            f"context is {chosen.context}, but the model reaches {limit} positions; "
-            f"lower context, or pass rope_target_length {chosen.context}"
+            f"context is {chosen.context}{beside}, but the model reaches {limit} positions; "
+            f"lower context, or pass rope_target_length {chosen.context + more}"
         )
     pad = getattr(loaded.tokenizer, "pad_token_id", None)
     if isinstance(documents[0], str):
         if loaded.tokenizer is None:
             raise InputError("data is text and model an object: pass its tokenizer")
         documents = encode(loaded.tokenizer, documents)
-    rows = pack(documents, chosen.context, pad or 0)
+    # behind a prefix documents in one row would see each other
+    rows = pack(documents, chosen.context, pad or 0, apart=chosen.adapter == "prefix")
     vocab_size = config.get_text_config().vocab_size
     largest, smallest = int(rows.input_ids.max()), int(rows.input_ids.min())
     if largest >= vocab_size or smallest < 0:
@@ -447,6 +492,8 @@ def _rows(documents: list, loaded: pretrained.Loaded, chosen: TrainOptions) -> P
 def _usual_rate(chosen: TrainOptions, is_new: bool) -> float:
     if chosen.lora_rank:
         return 2e-4
+    if chosen.adapter in RATES:
+        return 1e-2 if chosen.sparse_rule == "extremes" else RATES[chosen.adapter]
     return 1e-3 if is_new else 2e-5
 
 
@@ -460,7 +507,7 @@ def _run(
         first = trainer.n_steps if folder.is_finished else folder.start_step()
         records = folder.logged(first)
         if folder.start is not None and not folder.is_finished:
-            state = checkpoint.restore_optimizer(folder.start, model, trainer.optimizer)
+            state = folder.restore_optimizer(model, trainer.optimizer)
             checkpoint.restore_rng(state, trainer.device)
     with _StopRequest() as stop:
         for step in range(first, trainer.n_steps):

@@ -215,7 +215,7 @@ def test_a_packed_folder_trains_with_an_adapter_and_resumes(folder):
     [
         (["--base", "nf4"], "dense", "base 'nf4' is packed and cannot train by itself: pass adap"),
         (["--base", "nf5", "--adapter", "lora"], "dense", "no format 'nf5'. Known: nf4, fp4"),
-        (["--adapter", "dora"], "dense", "adapter is 'dora', need none or lora"),
+        (["--adapter", "prompt"], "dense", "adapter is 'prompt', need none or lora"),
         ([], "done", "model done is quantized, and packed weights do not train: pass adapter"),
         (["--base", "nf4", "--adapter", "lora"], "done", "model done is quantized already (int8)"),
     ],

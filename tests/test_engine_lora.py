@@ -383,7 +383,14 @@ STOCK = {  # name: (model, what the report says)
     "merged": (merged, "its adapter is merged into the base"),
     "two adapters": (two_active, "2 adapters are active at once"),
     "another adapter": (none_of_that_name, "it has no adapter 'other', which is the active one"),
-    "DoRA": (lambda: llama(use_dora=True), "its adapter is a variant (DoraLinearVariant)"),
+    "DoRA with dropout": (
+        lambda: llama(use_dora=True, lora_dropout=0.1),
+        "DoRA with dropout multiplies the base by another input than the layer's",
+    ),
+    "another variant": (
+        lambda: llama(use_dora=False, velora_config=peft.VeloraConfig(num_groups=8)),
+        "its adapter is a variant (VeloraLinearVariant)",
+    ),
     "bias": (lambda: llama(lora_bias=True), "its adapter has a bias (lora_bias)"),
     "hook on the base": (hooked("base"), "there are hooks on its base layer"),
     "hook on A": (hooked("A"), "there are hooks on its A layer"),

@@ -424,8 +424,8 @@ def test_methods_that_make_no_sense(options, message):
 
 def test_refusals():
     model = two_layers()
-    with pytest.raises(ValueError, match="method is a str, need a SparseDelta"):
-        tilewright.adapt(model, "sparse")
+    with pytest.raises(ValueError, match="method is a float, need one of lora, "):
+        tilewright.adapt(model, 0.01)
     with pytest.raises(
         ValueError, match=r"target 'q_proj' is no linear layer that fits\. Known: 0, 1"
     ):

@@ -107,6 +107,29 @@ def test_an_adapter_that_is_not_merged_is_recorded(pack):
     assert (expected - plain).abs().max() > 0.1 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    "method", ["parallel", "sequential", "ia3", "dora", "bitfit", "sparse", "mask"]
+)
+def test_no_adapter_is_left_out(method):
+    """Recorded or not: the adapter has its share."""
+    torch.manual_seed(1)
+    config = hf.LlamaConfig(**BASE, attention_bias=True)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    plain = walk(by_forward(model))
+    options = {"by": "random"} if method == "mask" else {}
+    tuned = tw.adapt(model, method, **options)
+    with torch.no_grad():
+        for parameter in tuned.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    tw.accelerate(tuned.model)
+    tuned.model.eval()
+    found = walk(Stepper(tuned.model, new_cache(tuned.model.config)))
+    expected = walk(by_forward(tuned.model))
+    assert (found - expected).abs().max() <= LIMITS[torch.float32] * expected.abs().max()
+    assert (expected - plain).abs().max() > 0.05 * plain.abs().max()
+
+
 def test_the_cache_knows_the_tokens_once_it_is_settled():
     model = made("llama")
     steppers = Stepper(model, new_cache(model.config)), by_forward(model)

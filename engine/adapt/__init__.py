@@ -1,6 +1,6 @@
-"""Put our operators into a Hugging Face model in place, and take them out again; tune it sparsely.
+"""Put our operators into a Hugging Face model in place, and take them out again; tune it.
 
-Called, the package is the function `adapt` of sparse.py: `tilewright.adapt(model, method)`.
+Called, the package is the function `adapt` of call.py: `tilewright.adapt(model, method)`.
 transformers is imported by the first call, not with the package.
 """
 
@@ -25,10 +25,10 @@ ATTENTION = ("dense", "shifted")
 
 
 class _Callable(types.ModuleType):
-    def __call__(self, model: nn.Module, method: object):
-        from tilewright.adapt.sparse import adapt
+    def __call__(self, model: nn.Module, *methods: object, **options: object):
+        from tilewright.adapt.call import adapt
 
-        return adapt(model, method)  # type: ignore[arg-type]
+        return adapt(model, *methods, **options)  # type: ignore[arg-type]
 
 
 sys.modules[__name__].__class__ = _Callable
@@ -55,9 +55,10 @@ def accelerate(
                         parameters whose name holds one of them, and adapters that are trainable
                         already, get requires_grad; call it after get_peft_model
 
-    Attention, PEFT's LoRA layers, rotary positions, RMSNorm and LayerNorm, and the gates of gated
-    layers are replaced. On a CPU q, k and v, or gate and up, that are all LoRA or packed layers of
-    ours become one call, which keeps the bits of their outputs; one with hooks stays by itself.
+    Attention, PEFT's LoRA and DoRA layers, and at inference those of (IA)^3 that scale an output,
+    rotary positions, RMSNorm and LayerNorm, and the gates of gated layers are replaced.
+    On a CPU q, k and v, or gate and up, that are all LoRA or packed layers of ours become one call,
+    which keeps the bits of their outputs; one with hooks stays by itself.
     A norm, gate, rotary function or attention layer is known by its source; on a CPU
     LayerNorm in float32, and short calls of it and of gates, where torch is as quick, stay torch's.
     A model with an output head makes no logits in a training forward that gets labels: what

@@ -5,6 +5,7 @@ from tilewright.adapt import (
     experts,
     experts_lora,
     gates,
+    ia3,
     lora,
     loss,
     norms,
@@ -18,6 +19,7 @@ TABLE: tuple[Replacement, ...] = (
     experts.REPLACEMENT,
     experts_lora.REPLACEMENT,
     lora.REPLACEMENT,
+    ia3.REPLACEMENT,
     rotary.REPLACEMENT,
     projections.REPLACEMENT,  # over rotary's subclass
     norms.RMS,

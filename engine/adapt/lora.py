@@ -34,13 +34,15 @@ def why_not(site: Site, request: Request) -> str | None:
 
 def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request) -> list[str]:
     """Swap the classes of PEFT's layers for subclasses that add nothing but a forward."""
-    from tilewright.adapt import lora_layers
+    from tilewright.adapt import lora_dora, lora_layers
 
     notes = []
     for site in fitting:
         note = lora_layers.note(site.module)
         read = vars(site.module).pop(lora_layers.PACKED, None)
         undo.set_attribute(site.module, lora_layers.PACKED, read)
+        if site.module.lora_variant:
+            undo.set_attribute(site.module, lora_dora.SQUARES, None)
         undo.set_attribute(site.module, "__class__", lora_layers.fused_class(type(site.module)))
         notes.append(note)
     return notes

@@ -2,8 +2,9 @@
 
     y = W x + bias + scaling B A drop(x)
 
-is one call of `lora_linear`, over a dense W, our packed one, or one that bitsandbytes has packed to
-4 bits. Parameters, names, files, merging and switching adapters are PEFT's own.
+(with DoRA its rows scaled afterwards) is one call of `lora_linear`, over a dense W, our packed one,
+or one that bitsandbytes has packed to 4 bits. Parameters, names, files, merging and switching
+adapters are PEFT's own.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from tilewright.adapt.forms import is_hooked
+from tilewright.adapt.lora_dora import dora_linear
 from tilewright.adapt.together import take_ready
 from tilewright.ops import LinearLayer, PackedWeight, lora_linear, read_bitsandbytes
 from tilewright.quantized import QuantizedLinear
@@ -33,6 +36,8 @@ class FusedLora:
         if ready is not None:
             return ready
         call = None if args or kwargs else layer_of(self, x)
+        if call is not None and self.lora_variant:  # type: ignore[attr-defined]
+            return dora_linear(self, x, call)
         if call is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         assert call.down is not None and call.up is not None
@@ -90,7 +95,8 @@ def why_stock(layer: Any) -> str | None:
     name = active[0]
     if name not in layer.lora_A:
         return f"it has no adapter {name!r}, which is the active one"
-    if name in layer.lora_variant:
+    is_dora = type(layer.lora_variant.get(name)) is DoraLinearVariant
+    if name in layer.lora_variant and not is_dora:
         return f"its adapter is a variant ({type(layer.lora_variant[name]).__name__})"
     if layer.lora_bias[name]:
         return "its adapter has a bias (lora_bias)"
@@ -103,8 +109,14 @@ def why_stock(layer: Any) -> str | None:
     if type(dropout) is nn.Dropout:
         if dropout.p >= 1:
             return "its dropout drops everything"
+        if is_dora and dropout.p:
+            return "DoRA with dropout multiplies the base by another input than the layer's"
     elif type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
+    if is_dora:
+        magnitude = layer.lora_magnitude_vector[name]
+        if is_hooked(magnitude) or type(magnitude.weight) not in PLAIN:
+            return "its magnitude is hooked, or not a plain tensor"
     if type(down.weight) not in PLAIN or type(up.weight) not in PLAIN:
         return f"its adapter is a {type(down.weight).__name__}, not a plain tensor"
     base = layer.base_layer
@@ -136,6 +148,8 @@ def layer_of(layer: Any, x: torch.Tensor) -> LinearLayer | None:
 def note(layer: Any) -> str:
     """What the report says beside the layer."""
     base, notes = layer.base_layer, []
+    if layer.lora_variant:
+        notes.append("DoRA")
     if type(base) is QuantizedLinear:
         notes.append(f"over {base.format}")
     elif _is_bitsandbytes(base):

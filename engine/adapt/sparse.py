@@ -18,6 +18,8 @@ from torch import nn
 from tilewright.adapt import sparse_layers as layers
 from tilewright.adapt.report import Skipped
 from tilewright.adapt.sparse_optim import DeltaAdamW, DeltaSM3
+from tilewright.adapt.tuner import Tuner
+from tilewright.files import InputError
 from tilewright.ops import (
     Regrowth,
     WeightDelta,
@@ -27,7 +29,7 @@ from tilewright.ops import (
     save_deltas,
     share_to_regrow,
 )
-from tilewright.quantized import choose_layers, quantized_layers
+from tilewright.quantized import QuantizedLinear, choose_layers, quantized_layers
 
 RULES = ("gradient", "extremes", "none")
 SCHEDULES = ("linear", "cosine")
@@ -85,7 +87,7 @@ class SparseDelta:
             raise ValueError(f"SparseDelta: share is {self.share}, need 0 <= share <= 1")
 
 
-class SparseTuner:
+class SparseTuner(Tuner):
     """A model with sparse deltas, and what is done to all of them at once.
 
     model     the model, changed in place: its other parameters do not train
@@ -95,7 +97,7 @@ class SparseTuner:
     """
 
     def __init__(self, model: nn.Module, method: SparseDelta, found, skipped):
-        self.model, self.method, self.skipped = model, method, tuple(skipped)
+        super().__init__(model, method, skipped)
         self.layers: dict[str, Any] = dict(found)
         self.steps_done, self.exchanges = 0, 0
         self._frozen: list[tuple[nn.Parameter, bool]] = []
@@ -215,6 +217,18 @@ class SparseTuner:
             method["targets"] = list(method["targets"])
         save_deltas(os.fspath(path), self.deltas(), {"method": json.dumps(method)})
 
+    @torch.no_grad()
+    def load(self, path: str | os.PathLike) -> None:
+        """Take the values and places of a file, which has as many for each layer."""
+        saved = load_deltas(os.fspath(path)).deltas
+        for name, layer in self.layers.items():
+            delta = saved.get(f"{name}.weight")
+            if delta is None or delta.shape != layer.delta.shape or delta.nnz != layer.delta.nnz:
+                raise InputError(f"load_adapted: {path} has no delta like that of {name}")
+            layer.delta_offsets.copy_(delta.row_offsets)
+            layer.delta_columns.copy_(delta.short().columns.view(torch.uint8))
+            layer.delta_values.copy_(delta.values)
+
     # --- resuming ---
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,24 +250,8 @@ class SparseTuner:
                 layer.watch.restore(**state["watched"][name])
 
 
-def adapt(model: nn.Module, method: SparseDelta) -> SparseTuner:
-    """Give a model's linear layers sparse deltas, which alone train from then on.
-
-    model    a module with linear layers, dense or packed by `quantize`; changed in place
-    method   a SparseDelta
-
-        tuner = tilewright.adapt(model, tilewright.SparseDelta(density=0.01))
-        optimizer = tuner.optimizer(lr=1e-4)
-        ...
-        optimizer.step()
-        tuner.after_step(optimizer)
-        tuner.save("deltas.safetensors")
-
-    Returns a SparseTuner. Places are drawn alike, values are 0: the model computes what it did.
-    ValueError: another method; no layer fits; a target that no layer has; a model with deltas.
-    """
-    if not isinstance(method, SparseDelta):
-        raise ValueError(f"adapt: method is a {type(method).__name__}, need a SparseDelta")
+def attach_new(model: nn.Module, method: SparseDelta) -> SparseTuner:
+    """Give a model's linear layers deltas of zeros, whose places are drawn alike."""
     found, skipped = _choose(model, method.targets)
     generator = torch.Generator().manual_seed(method.seed)
     deltas = {}
@@ -265,16 +263,6 @@ def adapt(model: nn.Module, method: SparseDelta) -> SparseTuner:
         delta = WeightDelta.from_flat(places, values, layer.out_features, layer.in_features)
         deltas[name] = delta
     return _attach(model, method, found, skipped, deltas)
-
-
-def load_adapted(model: nn.Module, path: str | os.PathLike) -> SparseTuner:
-    """Give a model the deltas of a file that `SparseTuner.save` wrote.
-
-    ValueError: a damaged file, or one with deltas that the model's layers do not fit.
-    """
-    saved = load_deltas(os.fspath(path))
-    method = SparseDelta(**json.loads(saved.metadata.get("method", "{}")))
-    return attach_deltas(model, saved.deltas, method)
 
 
 def attach_deltas(
@@ -311,6 +299,18 @@ def _attach(model, method, found, skipped, deltas) -> SparseTuner:
 def _choose(model, targets, with_head=False) -> tuple[list[tuple[str, nn.Linear]], list[Skipped]]:
     if any(isinstance(m, layers.SparseForward) for m in model.modules()):
         raise ValueError("adapt: the model has sparse deltas already; remove() them first")
+    return choose_linear(model, targets, with_head)
+
+
+def choose_linear(
+    model: nn.Module, targets: Sequence[str] | None, with_head: bool = False
+) -> tuple[list[tuple[str, nn.Linear]], list[Skipped]]:
+    """The linear layers, dense or packed, that a method goes to, and those that it leaves out.
+
+    targets     last parts of their names; None for all but the output embedding, which `with_head`
+                adds
+    ValueError: no layer fits, or none fits one of the targets.
+    """
     is_wanted = None
     if targets is not None:
 
@@ -322,7 +322,11 @@ def _choose(model, targets, with_head=False) -> tuple[list[tuple[str, nn.Linear]
             return True  # fmt: skip
 
     found, skipped = choose_layers(model, is_wanted)
-    packed = [(n, m) for n, m in quantized_layers(model) if is_wanted is None or is_wanted(n, m)]
+    packed = [
+        (n, m)
+        for n, m in quantized_layers(model)
+        if type(m) is QuantizedLinear and (is_wanted is None or is_wanted(n, m))
+    ]
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     found = sorted([*found, *packed], key=lambda pair: order[pair[0]])
     names = {name for name, _ in found}

@@ -64,14 +64,14 @@ def is_ours(module: nn.Module | None) -> bool:
     return module is not None and _kind_of(module) is not None
 
 
-def _kind_of(module: nn.Module) -> str | None:
+def _kind_of(module: Any) -> str | None:
     forward: Any = type(module).forward
     quantized = sys.modules.get("tilewright.quantized")
     if quantized is not None and forward is quantized.QuantizedLinear.forward:
         return "packed"
     adapters = sys.modules.get("tilewright.adapt.lora_layers")
     if adapters is not None and forward is adapters.FusedLora.forward:
-        return "adapted"
+        return None if module.lora_variant else "adapted"  # DoRA scales the rows afterwards
     return None
 
 
