@@ -13,24 +13,33 @@ MEANING = (
 )
 
 
-def peak_bytes(work: Callable[[], object]) -> int | None:
-    """Run `work`; how far the process's resident set rose above where it began, at its peak.
-
-    The kernel keeps the peak (VmHWM), and writing 5 to clear_refs restarts it; malloc_trim first
-    returns what earlier work has freed, so that it is not used again unseen. None where the system
-    offers no such thing (not Linux, or the file may not be written); the work is done all the same.
-    """
+def resident_bytes() -> int | None:
+    """The process's resident set once free heap pages are returned to the system; None where the
+    system does not tell (not Linux, or another libc, which has no malloc_trim)."""
     try:
         if sys.platform != "linux":
             raise OSError
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_bytes("VmRSS")
-    except (OSError, AttributeError):  # another libc has no malloc_trim
-        work()
+        return _status_bytes("VmRSS")
+    except (OSError, AttributeError):
         return None
+
+
+def peak_bytes(work: Callable[[], object]) -> int | None:
+    """Run `work`; how far the process's resident set rose above where it began, at its peak.
+
+    The kernel keeps the peak (VmHWM), and writing 5 to clear_refs restarts it; what earlier work
+    has freed is returned first, so that it is not used again unseen. None where the system offers
+    no such thing (as `resident_bytes`, or the file may not be written); the work is done all the
+    same.
+    """
+    before = resident_bytes()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        before = None
     work()
-    return _status_bytes("VmHWM") - before
+    return None if before is None else _status_bytes("VmHWM") - before
 
 
 def _status_bytes(field: str) -> int:
