@@ -4,6 +4,7 @@ from tilewright.adapt import (
     attention,
     experts,
     experts_lora,
+    experts_scaled,
     gates,
     lora,
     loss,
@@ -15,6 +16,7 @@ from tilewright.adapt.table import Replacement
 
 TABLE: tuple[Replacement, ...] = (
     attention.REPLACEMENT,
+    experts_scaled.REPLACEMENT,
     experts.REPLACEMENT,
     experts_lora.REPLACEMENT,
     lora.REPLACEMENT,
