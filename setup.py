@@ -71,6 +71,7 @@ setup(
         "tilewright.bench",
         "tilewright.bench.recipes",
         *(f"tilewright.{p}" for p in find_packages("engine")),
+        *(f"tilewright.bench.{p}" for p in find_packages("bench")),
         *(f"tilewright.ops.{room}" for room in ROOMS),
     ],
     ext_modules=[

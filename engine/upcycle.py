@@ -34,8 +34,8 @@ def moe_upcycle(
     experts     copies of each MLP, at least 2
     top_k       of them for each token, 1 to `experts`
     noise       standard deviation of what is added to the copies after the first, in units of each
-                weight's own. Equal experts give their router no gradient: with 0 only the rounding
-                of training tells them apart, and 0.01 is a usual start
+                weight's own. Equal experts give their router no gradient: with 0 it gets one from
+                the second step on, when the tokens that each got have told them apart
     generator   of the noise and the routers, which are drawn as the model's own layers
 
     Returns a MixtralForCausalLM or Qwen3MoeForCausalLM in the model's dtype and on its device, with

@@ -4,6 +4,7 @@ from tilewright.adapt import (
     attention,
     experts,
     experts_lora,
+    experts_scaled,
     gates,
     ia3,
     lora,
@@ -16,6 +17,7 @@ from tilewright.adapt.table import Replacement
 
 TABLE: tuple[Replacement, ...] = (
     attention.REPLACEMENT,
+    experts_scaled.REPLACEMENT,
     experts.REPLACEMENT,
     experts_lora.REPLACEMENT,
     lora.REPLACEMENT,

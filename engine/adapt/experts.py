@@ -19,6 +19,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from tilewright import choose
 from tilewright.adapt import undo
+from tilewright.adapt.forms import Renewed
 from tilewright.adapt.table import Replacement, Request, Site
 from tilewright.ops import ExpertsLora, moe_mlp
 
@@ -73,30 +74,33 @@ def tilewright_experts(
         reason = why_not_experts(self)
         settings = ExpertsSettings(gate_rule(self) or {}, stays_stock=reason)
         setattr(self, SETTINGS, settings)
-    reason = settings.stays_stock or _why_stock(self, hidden_states)
+    reason = settings.stays_stock or why_stock(self, hidden_states)
     updates = vars(self).get(UPDATES, {})
     if reason is not None:
-        _tell(self, settings, reason)
+        tell(self, settings, reason)
         with ExitStack() as folded:
             for update in updates.values():
                 folded.enter_context(update.fold())
             return _stock(self, settings)(self, hidden_states, top_k_index, top_k_weights)
-    loras = {
-        argument: updates[weight].lora
-        for argument, weight in (("gate_up_lora", "gate_up_proj"), ("down_lora", "down_proj"))
-        if weight in updates
-    }
     biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
     y = moe_mlp(
         hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj,
         gate_up_bias=biases[0], down_bias=biases[1], transposed=self.is_transposed,
-        **loras, **settings.rule,
+        **loras(updates), **settings.rule,
     )  # fmt: skip
     return y.to(hidden_states.dtype)
 
 
+def loras(updates: dict[str, Update]) -> dict[str, Any]:
+    """moe_mlp's arguments for the updates of the weights with these names."""
+    arguments = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
+    return {arguments[weight]: update.lora for weight, update in updates.items()}
+
+
 def is_candidate(module: nn.Module) -> bool:
-    """A module that holds the weights of all experts of a layer."""
+    """A module that holds the weights of all experts of a layer, and no entry has taken yet."""
+    if isinstance(module, Renewed):
+        return False
     if all(hasattr(module, flag) for flag in FLAGS):
         return True
     weight = getattr(module, "gate_up_proj", None)
@@ -115,6 +119,13 @@ def why_not_experts(module: Any) -> str | None:
         return "its experts have no gate"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalizes after each expert"
+    reason = why_not_weights(module)
+    if reason is None and gate_rule(module) is None:
+        reason = "its _apply_gate is none of the activations of moe_mlp"
+    return reason
+
+
+def why_not_weights(module: Any) -> str | None:
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name, None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
@@ -124,8 +135,6 @@ def why_not_experts(module: Any) -> str | None:
             return f"its weights are on {weight.device.type}: {reason}"
         if not weight.is_floating_point():
             return f"its {name} is {weight.dtype}"
-    if gate_rule(module) is None:
-        return "its _apply_gate is none of the activations of moe_mlp"
     return None
 
 
@@ -192,7 +201,7 @@ def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request
     return ["" for _ in fitting]
 
 
-def _why_stock(module: Any, x: torch.Tensor) -> str | None:
+def why_stock(module: Any, x: torch.Tensor) -> str | None:
     """Why this call stays on transformers' own function, or None."""
     for what, t in (
         ("input", x),
@@ -220,7 +229,7 @@ def _stock(module: Any, settings: ExpertsSettings):
     return ExpertsInterface().get_interface(settings.was, eager)
 
 
-def _tell(module: Any, settings: ExpertsSettings, reason: str) -> None:
+def tell(module: Any, settings: ExpertsSettings, reason: str) -> None:
     """Warn once a model and reason. Not in a compiled graph, which has no place for a warning."""
     if torch.compiler.is_compiling() or reason in settings.warned:
         return

@@ -7,6 +7,7 @@ import sys
 from torch import nn
 
 from tilewright.adapt import experts, undo
+from tilewright.adapt.experts_scaled import ScaledExperts
 from tilewright.adapt.table import Replacement, Request, Site
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -18,7 +19,10 @@ def is_candidate(module: nn.Module) -> bool:
         return False
     from peft.tuners.lora.layer import ParamWrapper
 
-    return isinstance(module, ParamWrapper) and experts.is_candidate(module.get_base_layer())
+    if not isinstance(module, ParamWrapper):
+        return False
+    base = module.get_base_layer()
+    return isinstance(base, ScaledExperts) or experts.is_candidate(base)
 
 
 def why_not(site: Site, request: Request) -> str | None:
@@ -29,7 +33,8 @@ def why_not(site: Site, request: Request) -> str | None:
         return f"peft.{type(wrapper).__name__} is not a layer we know"
     if wrapper.parameter_name not in WEIGHTS:
         return f"{wrapper.parameter_name} is no weight of moe_mlp"
-    return experts.why_not_experts(wrapper.get_base_layer())
+    base = wrapper.get_base_layer()
+    return None if isinstance(base, ScaledExperts) else experts.why_not_experts(base)
 
 
 def install(fitting: list[Site], unfit: list[tuple[Site, str]], request: Request) -> list[str]:

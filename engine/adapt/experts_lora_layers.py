@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 
 from tilewright.adapt import experts
+from tilewright.adapt.experts_scaled import ScaledExperts
 from tilewright.ops import ExpertsLora
 
 
@@ -20,14 +21,21 @@ class UnfoldedExperts(ParamWrapper):
         base: Any = self.get_base_layer()
         active = [a for a in active_adapters if a in self.lora_A]
         fold = functools.partial(super()._activate_lora, active_adapters)
-        if len(active) != 1 or base.config._experts_implementation != experts.NAME:
+        is_scaled = isinstance(base, ScaledExperts)
+        takes = is_scaled or base.config._experts_implementation == experts.NAME
+        if len(active) != 1 or not takes:
             with fold():
                 yield
             return
         (name,) = active
         layer: Any = self
-        factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-        update = ExpertsLora(*factors, self.scaling[name])
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if is_scaled:  # its weights are (E, in, out), which PEFT takes for (E, out, in)
+            a, b = (
+                b.unflatten(1, (-1, self.num_experts)).permute(2, 1, 0),
+                a.unflatten(0, (self.num_experts, -1)).mT,
+            )
+        update = ExpertsLora(a, b, self.scaling[name])
         held = vars(base).setdefault(experts.UPDATES, {})
         held[self.parameter_name] = experts.Update(update, fold)
         try:
