@@ -70,6 +70,7 @@ setup(
         "tilewright",
         "tilewright.bench",
         *(f"tilewright.{p}" for p in find_packages("engine")),
+        *(f"tilewright.bench.{p}" for p in find_packages("bench")),
         *(f"tilewright.ops.{room}" for room in ROOMS),
     ],
     ext_modules=[
