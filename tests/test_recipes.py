@@ -1,18 +1,26 @@
 """The recipes: each runs, and its loss is what its source says, on a small model."""
 
-import functools
+import warnings
+from functools import cache
 
 import pytest
 import torch
 
 import tilewright as tw
-from tilewright.bench.recipes import many_shot, shared
+from tilewright.bench import bench_encoder
+from tilewright.bench.recipes import (
+    embedding,
+    functions,
+    many_shot,
+    sentence_encoder,
+    shared,
+)
 from tilewright.demo_shared import QUICK, llama
 
 pytest.importorskip("tokenizers")
 
 
-@functools.cache
+@cache
 def text():
     return shared.read_text(QUICK)
 
@@ -42,8 +50,6 @@ def expect_finite(result):
 
 
 def test_no_package_is_on_both_sides():
-    from tilewright.bench.recipes import functions
-
     known, others = functions.apart(functions.documented_functions())
     assert len(known) > 1000 and len(others) > 200
     assert {f.package for f in known} & {f.package for f in others} == set()
@@ -98,3 +104,132 @@ def test_prompts_of_many_shots_are_of_one_module_each():
     expect_finite(result)
     for arm in ("last answer alone", "all answers"):
         assert result.figures[f"{arm}, last"] < result.figures["before, last"]
+
+
+# --- embedding ---
+
+ROWS = [[5, 9, 7, 8, 3], [4, 6, 2], [9, 11, 12, 13]]
+
+
+def test_both_ways_the_first_token_sees_the_last():
+    model = small_llama().eval()
+    other = torch.tensor([[*ROWS[0][:-1], 20]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # the stock path would warn
+        for is_on in (True, False):
+            with embedding.bidirectional(model, is_on):
+                before = shared.hidden(model, torch.tensor([ROWS[0]]))[0, 0]
+                after = shared.hidden(model, other)[0, 0]
+            assert torch.equal(before, after) != is_on
+
+
+def test_causal_again_gives_the_logits_of_before():
+    model = small_llama().eval()
+    ids = torch.tensor([ROWS[0]])
+    with torch.no_grad():
+        before = model(ids).logits
+        with embedding.bidirectional(model):
+            between = model(ids).logits
+        assert torch.equal(model(ids).logits, before)
+        assert (between - before).abs().max() > 0.01
+        tw.restore(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_bidirectional", [True, False])
+def test_filling_never_reaches_an_embedding(is_bidirectional):
+    model = small_llama().eval()
+    with torch.no_grad():
+        first, second = (embedding.encode(model, ROWS, is_bidirectional, pad) for pad in (0, 21))
+        assert torch.equal(first, second)
+        for row, together in zip(ROWS, first, strict=True):
+            alone = embedding.encode(model, [row], is_bidirectional)[0]
+            torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_give_the_gradient_of_the_whole_batch_with_dropout():
+    """In chunks of 1, 2 and all; with the random numbers of each chunk, as the first pass drew."""
+    codes = [[3, 4, 5], [6, 7], [8, 9, 2]]
+    model = small_llama().train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    for chunk in (1, 2, 3):
+        plan = embedding.Plan(chunk=chunk)
+        torch.manual_seed(3)
+        loss = embedding.step(model, ROWS, codes, plan, True, False)
+        got = {n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        torch.manual_seed(3)
+        starts = range(0, 3, chunk)
+        q, d = (
+            torch.cat([embedding.encode(model, rows[i : i + chunk], True) for i in starts])
+            for rows in (ROWS, codes)
+        )
+        whole = tw.info_nce(q, d, temperature=plan.temperature)
+        want = gradients(model, whole)
+        torch.testing.assert_close(loss, whole.detach())
+        for name, g in want.items():
+            atol = float(1e-5 * g.abs().max())
+            torch.testing.assert_close(got[name], g, rtol=1e-4, atol=atol)
+
+
+def test_candidates_and_cosines_are_of_the_same_pairs():
+    model = small_llama().eval()
+    codes = [[3, 4, 5], [6, 7], [8, 9, 2]]
+    with torch.no_grad():
+        of_codes = embedding.candidate_log_probs(model, ROWS, codes, 2, 0)
+        for b in range(3):
+            for c in range(2):
+                alone = embedding.log_probs(model, [ROWS[b]], [codes[(b + c) % 3]], 0)
+                torch.testing.assert_close(of_codes[b, c], alone[0], rtol=1e-4, atol=1e-5)
+        # by hand: log-softmax of the stock model's logits
+        row = torch.tensor([ROWS[1] + codes[1]])
+        log_p = torch.log_softmax(model(row).logits[0], -1)
+        want = (log_p[2, 6] + log_p[3, 7]) / 2
+        torch.testing.assert_close(of_codes[1, 0], want, rtol=1e-4, atol=1e-5)
+    q, d = torch.randn(3, 4), torch.randn(3, 4)
+    near = embedding.cosines(q, d, 2)
+    for b in range(3):
+        for c in range(2):
+            want = torch.cosine_similarity(q[b], d[(b + c) % 3], dim=0)
+            torch.testing.assert_close(near[b, c], want)
+
+
+def test_the_embedding_recipe_runs():
+    expect_finite(embedding.run(quick=True))
+
+
+# --- the sentence encoder ---
+
+
+def test_the_sentence_encoder_recipe_learns():
+    if bench_encoder.why_not() is not None:
+        pytest.skip(bench_encoder.why_not())
+    plan = sentence_encoder.QUICK
+    known, _ = functions.apart(functions.documented_functions())
+    encoder = sentence_encoder.Encoder(plan)
+    pairs = shared.drawn(known, 8, 0)
+
+    def loss() -> float:
+        encoder.model.eval()
+        with torch.no_grad():
+            q, d = encoder.summaries(pairs), encoder.codes(pairs)
+            return float(tw.info_nce(q, d, temperature=plan.temperature))
+
+    before = loss()
+    trained = [p for n, p in encoder.model.named_parameters() if not n.startswith("pooler")]
+    encoder.model.train()
+    sentence_encoder.step(encoder, pairs, chunk=3)
+    assert all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for p in trained:
+            p -= 1e-3 * p.grad
+    assert loss() < before
+
+
+def test_retrieval_counts_ranks():
+    queries, documents = torch.eye(3), torch.eye(3)[[0, 2, 1]]
+    found = shared.retrieval(queries, documents + 0.1 * torch.eye(3))
+    assert found["first"] == pytest.approx(100 / 3)
+    assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)

@@ -50,10 +50,7 @@ class Tasks:
         self.modules = [found for found in of_module.values() if len(found) >= plan.shots]
 
     def _ids(self, text: str, end: str) -> list[int]:
-        return self.text.tokenizer(text)["input_ids"][: self.plan.longest] + self._end(end)
-
-    def _end(self, end: str) -> list[int]:
-        return self.text.tokenizer(end)["input_ids"]
+        return self.text.ids(text, self.plan.longest) + self.text.ids(end)
 
     def prompts(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L) tokens and labels, each label in the place that predicts it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -85,6 +85,10 @@ class Text:
     train: list[np.ndarray]
     held_out: list[np.ndarray]
 
+    def ids(self, text: str, most: int | None = None) -> list[int]:
+        """The tokens of a text, the first `most` of them."""
+        return list(self.tokenizer(text, verbose=False)["input_ids"])[:most]
+
     @property
     def pad(self) -> int:
         return self.tokenizer.pad_token_id or 0
@@ -102,14 +106,12 @@ def read_text(size: Sizes) -> Text:
 
 def trained_llama(
     size: Sizes, text: Text, seed: int, documents: list[np.ndarray] | None = None,
-    label: str = "base", **changes,
+    label: str = "base",
 ) -> nn.Module:  # fmt: skip
     """A Llama of this size trained from scratch on the documents, accelerated.
 
     documents  default the training part of the text
-    changes    fields of `Sizes`
     """
-    size = replace(size, **changes)
     model = llama(size, text.tokenizer, seed)
     tw.accelerate(model)
     rows = pack(text.train if documents is None else documents, size.context, text.pad)
@@ -142,6 +144,11 @@ def padded(rows: Sequence[Sequence[int]], filling: int) -> torch.Tensor:
     return torch.tensor([[*row, *[filling] * (longest - len(row))] for row in rows])
 
 
+def live(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(B, L) int64: 1 at the tokens of `padded(rows)`, 0 at its filling."""
+    return padded([[1] * len(row) for row in rows], 0)
+
+
 def shifted(labels: torch.Tensor) -> torch.Tensor:
     """(..., L): labels[t + 1] at place t, what hidden state t predicts; -100 at the end."""
     return nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
@@ -151,6 +158,31 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 def text_loss(model: nn.Module, text: Text, n_rows: int, context: int) -> float:
     """Mean loss of held-out text: what tuning has left of the language model."""
     return mean_loss(model, first_rows(pack(text.held_out, context, text.pad), n_rows))
+
+
+# --- retrieval ---
+
+
+@torch.no_grad()
+def retrieval(queries: torch.Tensor, documents: torch.Tensor) -> dict[str, float]:
+    """How well query i finds document i among all by cosine, both (B, N).
+
+    "first"  the share that finds it first, in %
+    "mrr"    mean of 1 / rank, 0 beyond rank 10
+    """
+    q, d = (nn.functional.normalize(t.float(), dim=-1) for t in (queries, documents))
+    similarity = q @ d.T
+    rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(1)
+    return {
+        "first": float((rank == 1).float().mean() * 100),
+        "mrr": float(torch.where(rank <= 10, 1 / rank, 0.0).mean()),
+    }
+
+
+def drawn(items: Sequence, n: int, seed: int) -> list:
+    """n of them at random, or all if there are fewer; in random order."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order[:n].tolist()]
 
 
 # --- steps ---
