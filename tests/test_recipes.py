@@ -1,5 +1,6 @@
 """The recipes: each runs, and its loss is what its source says, on a small model."""
 
+import math
 import warnings
 from functools import cache
 
@@ -12,6 +13,7 @@ from tilewright.bench.recipes import (
     embedding,
     functions,
     many_shot,
+    ranking,
     sentence_encoder,
     shared,
 )
@@ -233,3 +235,48 @@ def test_retrieval_counts_ranks():
     found = shared.retrieval(queries, documents + 0.1 * torch.eye(3))
     assert found["first"] == pytest.approx(100 / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+
+
+# --- ranking ---
+
+
+def test_a_ranking_loss_is_the_weighted_sum_over_the_number_of_labels():
+    """Against all logits in float64: loss and gradients; the first place counts twice."""
+    model = small_llama().eval()
+    prompts, separators = torch.tensor([[5, 9, 7, 2], [9, 5, 7, 2]]), (3, 2)
+    rankings = torch.tensor([[5, 3, 7, 3, 9, 2]] * 2)
+    loss = ranking.ranking_loss(model, prompts, rankings, separators)
+    got = gradients(model, loss)
+    logits = model(torch.cat([prompts, rankings], 1)).logits.double()
+    nll = -torch.log_softmax(logits[:, 3:-1], -1).gather(2, rankings[..., None])[..., 0]
+    weights = torch.tensor([2.0, 1, 1 + 1 / math.log2(3), 1, 1.5, 1]).double()
+    want = (weights * nll).sum() / rankings.numel()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    for name, g in gradients(model, want).items():
+        atol = float(1e-5 * g.abs().max())
+        torch.testing.assert_close(got[name], g, rtol=1e-4, atol=atol)
+    plain = ranking.ranking_loss(model, prompts, rankings, separators, is_weighed=False)
+    torch.testing.assert_close(plain.double(), nll.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_gain_of_a_ranking():
+    assert ranking.gain([7, 3, 5], [3, 5, 7]) == pytest.approx(1)
+    best = 3 + 2 / math.log2(3) + 1 / 2
+    assert ranking.gain([7, 3, 5], [5, 3, 7]) == pytest.approx((2 + 3 / math.log2(3) + 0.5) / best)
+    # said twice, not listed, missing
+    assert ranking.gain([7, 3, 5], [3, 3, 4]) == pytest.approx(3 / best)
+    assert ranking.gain([7, 3, 5], []) == 0
+
+
+def test_lists_and_their_rankings():
+    lists = ranking.Lists(text(), [50, 40, 60, 30], 3)
+    listed = lists.drawn(5, torch.Generator().manual_seed(0))
+    prompts, rankings = lists.prompts(listed), lists.rankings(listed)
+    for row, answer in zip(prompts.tolist(), rankings.tolist(), strict=True):
+        order = [[50, 40, 60, 30].index(token) for token in answer[::2]]
+        assert order == sorted(order) and sorted(answer[::2]) == sorted(row[:-1])
+        assert answer[1::2] == [lists.separator, lists.separator, lists.line]
+
+
+def test_the_ranking_recipe_runs():
+    expect_finite(ranking.run(quick=True))
