@@ -10,6 +10,7 @@ import torch
 import tilewright as tw
 from tilewright.bench import bench_encoder
 from tilewright.bench.recipes import (
+    distill,
     embedding,
     functions,
     many_shot,
@@ -235,6 +236,75 @@ def test_retrieval_counts_ranks():
     found = shared.retrieval(queries, documents + 0.1 * torch.eye(3))
     assert found["first"] == pytest.approx(100 / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+
+
+# --- several teachers ---
+
+
+def targets_of(n_teachers=3, n_rows=2, length=4, top=3, classes=17):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.rand(n_rows, length, n_teachers, classes, generator=g).argsort(-1)[..., :top]
+    probs = torch.softmax(torch.randn(ids.shape, generator=g), -1)
+    return distill.Targets(ids, probs, torch.rand(n_rows, n_teachers, generator=g))
+
+
+def test_a_mixture_of_teachers_is_the_dense_one():
+    """Loss, and the gradients of hidden states, head and gate, with the targets scattered."""
+    targets, classes = targets_of(), 17
+    h, weight = (torch.randn(*s).requires_grad_() for s in ((2, 4, 6), (classes, 6)))
+    labels = torch.randint(classes, (2, 4))
+    gate = distill.Gate(3)
+    inputs = [h, weight, *gate.parameters()]
+    got = distill.mixed_loss(h, weight, labels, targets, gate(targets.rewards), 0.1)
+    log_p = torch.log_softmax((h @ weight.T).double(), -1)
+    dense = torch.zeros(2, 4, 3, classes).scatter(3, targets.ids, targets.probs)
+    mixture = (gate(targets.rewards)[:, None, :, None] * dense).sum(2)
+    hard = -log_p.gather(2, labels[..., None]).mean()
+    want = 0.9 * hard + 0.1 * -(mixture * log_p).sum(-1).mean()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
+    grads, wanted = (torch.autograd.grad(loss, inputs) for loss in (got, want))
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_equal_teachers_make_the_gate_a_matter_of_taste():
+    targets = targets_of()
+    same = distill.Targets(
+        targets.ids[:, :, :1].expand(-1, -1, 3, -1), targets.probs[:, :, :1].expand(-1, -1, 3, -1),
+        targets.rewards,
+    )  # fmt: skip
+    h, weight, labels = torch.randn(2, 4, 6), torch.randn(17, 6), torch.randint(17, (2, 4))
+    losses = [
+        distill.mixed_loss(h, weight, labels, same, torch.tensor(shares).expand(2, 3), 0.1)
+        for shares in ([1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1], [0.0, 0.0, 1.0])
+    ]
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
+
+
+def test_the_gate_selects_and_learns():
+    rewards = torch.rand(5, 3)
+    only = distill.Gate(3, threshold=1.0)(rewards)
+    assert torch.equal(only, torch.eye(3)[only.argmax(1)])
+    gate = distill.Gate(3, threshold=0.15)
+    shares = gate(rewards)
+    torch.testing.assert_close(shares.sum(1), torch.ones(5))
+    assert ((shares == 0) | (shares > 0.15)).all()
+    assert distill.imbalance(torch.full((4, 4), 0.25)) == 0
+    # all on one of three: variance 2/9, mean 1/3
+    torch.testing.assert_close(distill.imbalance(torch.eye(3)[[0, 0]]), torch.tensor(2.0))
+    before = [p.detach().clone() for p in gate.parameters()]
+    targets = targets_of()
+    h, weight, labels = torch.randn(2, 4, 6), torch.randn(17, 6), torch.randint(17, (2, 4))
+    loss = distill.mixed_loss(h, weight, labels, targets, gate(targets.rewards), 0.1)
+    loss.backward()
+    tw.AdamW(gate.parameters(), lr=1e-2).step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, gate.parameters(), strict=True))
+
+
+def test_the_distillation_recipe_runs():
+    result = distill.run(quick=True)
+    expect_finite(result)
+    assert sum(result.figures[f"share {e}"] for e in (1, 2, 3)) == pytest.approx(1)
 
 
 # --- ranking ---
