@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -120,11 +121,15 @@ def _open(out: Path, settings: dict, resume: bool, overwrite: bool) -> None:
     write_json(kept, settings)
 
 
-def collect_text(train_bytes: int, held_out_bytes: int) -> tuple[list[str], list[str], str]:
+def collect_text(
+    train_bytes: int, held_out_bytes: int, is_held_out: Callable[[Path], bool] | None = None
+) -> tuple[list[str], list[str], str]:
     """The standard library's own sources, cut into training and held-out files, and their folder.
 
     The order is that of a digest of each file's path, so that it mixes subjects and is the same on
     every machine with the same Python; files are taken until each part has its bytes.
+
+    is_held_out   of a path below the folder; default each eighth file
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__"}
@@ -136,7 +141,10 @@ def collect_text(train_bytes: int, held_out_bytes: int) -> tuple[list[str], list
     parts: tuple[list[str], list[str]] = ([], [])
     left = [train_bytes, held_out_bytes]
     for number, path in enumerate(files):
-        part = 1 if number % 8 == 0 else 0
+        if is_held_out is None:
+            part = 1 if number % 8 == 0 else 0
+        else:
+            part = int(is_held_out(path.relative_to(folder)))
         if left[part] <= 0:
             continue
         try:

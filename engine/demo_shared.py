@@ -95,21 +95,25 @@ class Demo:
         return self.results["measure"]["dtype"]
 
 
-def new_model(demo: Demo):
-    """The demo's Llama with random weights, the same each time."""
+def llama(s: Sizes, tokenizer: TokenizerLike, seed: int):
+    """A Llama with random weights, the same each time."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    s = demo.sizes
     config = LlamaConfig(
-        vocab_size=len(demo.tokenizer), hidden_size=s.hidden, num_hidden_layers=s.layers,
+        vocab_size=len(tokenizer), hidden_size=s.hidden, num_hidden_layers=s.layers,
         intermediate_size=s.hidden * 11 // 4, num_attention_heads=s.heads,
         num_key_value_heads=s.kv_heads, max_position_embeddings=s.context, tie_word_embeddings=True,
-        initializer_range=s.initializer_range, eos_token_id=demo.tokenizer.eos_token_id,
-        pad_token_id=demo.tokenizer.pad_token_id, bos_token_id=None,
+        initializer_range=s.initializer_range, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
-    torch.manual_seed(demo.seed)
+    torch.manual_seed(seed)
     with pretrained.quiet_transformers():
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def new_model(demo: Demo):
+    """The demo's model with random weights."""
+    return llama(demo.sizes, demo.tokenizer, demo.seed)
 
 
 def rows_of(demo: Demo, documents: list, length: int) -> PackedRows:

@@ -147,6 +147,30 @@ def test_draws_follow_the_distribution():
     assert ((counts - n * expected).abs() <= 4 * spread + 1e-6).all()
 
 
+@pytest.mark.parametrize("is_accelerated", [False, True])
+def test_log_probabilities_of_draws_are_those_that_training_computes(is_accelerated):
+    """A policy gradient needs one number for both: from the cache, and from a pass over the row."""
+    model, prompt = build(), [1, 2, 3, 4]
+    if is_accelerated:
+        adapt.accelerate(model)
+    cache, ids, tokens, drawn = new_cache(model.config), torch.tensor([prompt] * 3), [], []
+    with torch.no_grad():
+        for step in range(10):
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            token, log_prob = tw.sample_tokens(
+                logits, temperature=1.0, top_p=0.9, seed=[1, 2, 3], step=step, return_logprobs=True
+            )
+            ids = token[:, None]
+            tokens.append(token)
+            drawn.append(log_prob)
+        answers = torch.stack(tokens, 1)
+        whole = torch.cat([torch.tensor([prompt] * 3), answers], 1)
+        h = model.model(input_ids=whole, use_cache=False).last_hidden_state[:, 3:-1]
+        trained = tw.linear_log_probs(h, model.lm_head.weight, answers)
+    assert len(set(map(tuple, answers.tolist()))) == 3
+    torch.testing.assert_close(torch.stack(drawn, 1), trained, rtol=0, atol=1e-4)
+
+
 def test_a_requests_draws_do_not_depend_on_the_batch():
     model = build()
     rule = {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.95}

@@ -150,6 +150,26 @@ def test_a_document_does_not_see_its_neighbour(is_accelerated):
     assert not torch.equal(logits[0][:, :9], logits[1][:, :9])
 
 
+@pytest.mark.parametrize("is_running", [False, True], ids=["restarted", "running"])
+def test_positions_may_run_on_over_borders_that_the_caller_names(is_running):
+    """RoPE is relative: logits of packed documents do not depend on where a document begins."""
+    model = tiny_model().eval()
+    adapt.accelerate(model)
+    documents = [list(range(30, 39)), list(range(40, 60))]
+    row = torch.tensor([documents[0] + documents[1]])
+    positions = torch.arange(29) if is_running else torch.cat([torch.arange(9), torch.arange(20)])
+    borders = torch.tensor([0, 9, 29], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(
+            input_ids=row, position_ids=positions[None], cu_seq_lens_q=borders,
+            cu_seq_lens_k=borders, max_length_q=20, max_length_k=20, use_cache=False,
+        ).logits[0]  # fmt: skip
+        alone = [model(input_ids=torch.tensor([d]), use_cache=False).logits[0] for d in documents]
+        joined = model(input_ids=row, use_cache=False).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert (packed[9:] - joined[9:]).abs().max() > 0.01  # without borders it is another result
+
+
 # steps
 
 

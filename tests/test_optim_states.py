@@ -61,6 +61,26 @@ def test_only_chosen_entries_train_and_have_state(kind, by, share):
         assert not torch.equal(p[mask], parameter(70, 301)[mask])
 
 
+@pytest.mark.parametrize("kind", [tw.AdamW, tw.SM3])
+def test_pruned_weights_stay_zero_while_the_others_learn(kind):
+    x, wanted = gradient(0, (64, 20)), gradient(1, (64, 30))
+    weight = parameter(30, 20)
+    kept = weight.detach().abs() > weight.detach().abs().median()
+    with torch.no_grad():
+        weight.mul_(kept)
+    optimizer = kind([weight], only={weight: kept}, lr=0.05, weight_decay=0.1)
+    losses = []
+    for _ in range(60):
+        loss = (x @ weight.T - wanted).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(weight != 0, kept)
+    assert (weight.grad[~kept] != 0).all()  # they would have moved
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_the_norm_is_that_of_what_trains():
     p = parameter(10)
     mask = torch.arange(10) < 4
