@@ -21,7 +21,7 @@ OPTIONS_OF = {  # of an adapter alone: name -> the adapters that it belongs to
     "adapter_rank": ("dora", "parallel", "sequential"),
     "adapter_scale": ("parallel", "sequential"), "adapter_at": ("parallel", "sequential"),
     "adapter_activation": ("parallel", "sequential"),
-    "adapter_targets": ("dora", "parallel", "sequential", "mask", "sparse"),
+    "adapter_targets": ("dora", "ia3", "parallel", "sequential", "mask", "sparse"),
     "prefix_tokens": ("prefix",), "add_biases": ("bitfit",), "density": ("mask", "sparse"),
     "mask_by": ("mask",), "sparse_rule": ("sparse",),
 }  # fmt: skip
@@ -78,7 +78,7 @@ class TrainOptions:
                         beside each linear layer, or behind each attention and MLP
     adapter_activation  of these two: "relu", or "none", so that parallel ones merge
     adapter_targets     last parts of the names of linear layers; empty: all but the output
-                        embedding
+                        embedding. Of ia3: those whose output is scaled; empty: PEFT's choice
     prefix_tokens       keys and values that are added to each layer
     add_biases          bitfit: a bias of zeros for the linear layers that have none
     density             share of a weight's entries; None: 0.1 for mask, 0.01 for sparse

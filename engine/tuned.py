@@ -39,7 +39,7 @@ def method_of(options: TrainOptions, n_steps: int) -> Any:
     if options.adapter == "dora":
         return methods.DoRA(**rank, **targets)
     if options.adapter == "ia3":
-        return methods.IA3()
+        return methods.IA3(**targets)
     if options.adapter == "prefix":
         return methods.Prefix(options.prefix_tokens, seed=options.seed)
     if options.adapter == "bitfit":

@@ -268,6 +268,31 @@ def test_encoders_whose_parts_have_other_names():
         tw.adapt(bert(), "sequential")
 
 
+OTHERS = {
+    "phi3, window": (tw.Sequential(RANK), "", 4),
+    "mixtral, window": (tw.DoRA(rank=RANK), "", 8),
+    "gpt_oss, sinks and windows": (tw.IA3(), "Please specify.*; pass targets, and feedforward", 0),
+    "qwen3_moe": (tw.Parallel(RANK, at="ffn"), "", 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name):
+    method, message, n_layers = OTHERS[name]
+    model = tiny.seeded(tiny.DECODERS[name])
+    if message:
+        with pytest.raises(ValueError, match=message):
+            tw.adapt(model, method)
+        return
+    base = model(IDS).logits
+    tuner = tw.adapt(model, method)
+    assert torch.equal(tuner.model(IDS).logits, base)
+    names = [n for n, _ in tuner.model.named_parameters() if ".adapter_up" in n or "lora_B." in n]
+    assert len(names) == n_layers
+    losses = train(tuner, 1e-2, steps=4)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("name", ["parallel, ffn", "sequential", "parallel", "lora and sparse"])
 def test_a_copy_and_a_pickled_model_say_the_same(name):
     _, tuner = adapted(CASES[name])

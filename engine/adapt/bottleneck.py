@@ -92,8 +92,10 @@ def _places(model: nn.Module, method: Parallel):
         children = dict(layer.named_children())
         for place in blocks:
             names = [
-                n for n in children if NAMES[place].search(n.lower()) and "norm" not in n.lower()
-            ]
+                n for n, child in children.items()
+                if NAMES[place].search(n.lower()) and "norm" not in n.lower()
+                and any(isinstance(m, nn.Linear) or m._parameters for m in child.modules())
+            ]  # fmt: skip
             if not names:
                 raise ValueError(
                     f"adapt: {prefix} has no part that we know as its {place}, only "

@@ -18,7 +18,8 @@ class LoRA:
 
     alpha     None: twice the rank
     dropout   probability that the update does not see an element of x
-    targets   last parts of the names of linear layers; None for all but the output embedding
+    targets   last parts of the names of linear layers; None for all but the output embedding, and
+              fused experts where PEFT reaches them
     """
 
     rank: int = 16
@@ -36,7 +37,10 @@ class LoRA:
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """PEFT's DoRA: y = m (W + D) x / |W + D|, D = alpha / rank B A, m and the norm for each row."""
+    """PEFT's DoRA: y = m (W + D) x / |W + D|, D = alpha / rank B A, m and the norm for each row.
+
+    The options are LoRA's; it does not go to fused experts.
+    """
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from tilewright import files, pretrained
 from tilewright.adapt.methods import IA3, DoRA, LoRA, Prefix
+from tilewright.adapt.sparse import choose_linear
 from tilewright.adapt.tuner import Tuner
 from tilewright.files import InputError
 from tilewright.quantized import QuantizedLinear, replace_module
@@ -118,6 +119,8 @@ def _wrapped(model: nn.Module, method: Any) -> nn.Module:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         vars(model).pop("peft_config", None)
         what = " ".join(str(error).split())
+        if isinstance(method, IA3) and method.targets is None:
+            what += "; pass targets, and feedforward for those whose input is scaled"
         raise ValueError(
             f"adapt: PEFT refuses {type(method).__name__} for this {type(model).__name__}: {what}"
         ) from error
@@ -140,10 +143,14 @@ def _config(peft, model: nn.Module, method: Any):
             )
         return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=method.tokens)
     if isinstance(method, LoRA):
+        is_dora = isinstance(method, DoRA)
+        targets: str | list[str] = list(method.targets) if method.targets else "all-linear"
+        if is_dora and not method.targets:  # for PEFT all includes fused experts, which DoRA cannot
+            names = {name.rsplit(".", 1)[-1] for name, _ in choose_linear(model, None)[0]}
+            targets = sorted(names)
         return peft.LoraConfig(
             task_type=task, r=method.rank, lora_alpha=method.alpha or 2 * method.rank,
-            lora_dropout=method.dropout, use_dora=isinstance(method, DoRA),
-            target_modules=list(method.targets) if method.targets else "all-linear",
+            lora_dropout=method.dropout, use_dora=is_dora, target_modules=targets,
         )  # fmt: skip
     options: dict[str, Any] = {}
     if method.targets is not None:
