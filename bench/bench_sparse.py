@@ -30,17 +30,19 @@ CASES = {
 
 
 @functools.lru_cache(maxsize=4)
-def _places(n_out: int, n_in: int, share: float) -> tilewright.WeightDelta:
+def _places(n_out: int, n_in: int, share: float, device: str = "cpu") -> tilewright.WeightDelta:
     """Drawn alike; the values are nothing."""
     generator = torch.Generator().manual_seed(0)
     n = round(share * n_out * n_in)
     places = torch.randperm(n_out * n_in, generator=generator)[:n]
-    return tilewright.WeightDelta.from_flat(places, torch.zeros(n), n_out, n_in)
+    delta = tilewright.WeightDelta.from_flat(places, torch.zeros(n), n_out, n_in).to(device)
+    delta.expect_whole("bench_sparse")
+    return delta
 
 
 def _delta(case: dict, values: torch.Tensor) -> tilewright.WeightDelta:
-    delta = _places(case["O"], case["I"], case["share"]).to(values.device)
-    return delta.with_values(values)
+    device = str(values.device)
+    return _places(case["O"], case["I"], case["share"], device).with_values(values)
 
 
 def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
@@ -102,14 +104,14 @@ def stock(case: dict, x, weight=None, values=None, dy=None) -> torch.Tensor:
     if dy is not None:
         gradient = (dy.T @ x).float().abs().flatten()
         return gradient.sort(descending=True, stable=True).indices[: _k(case)].sort().values
-    places = _flat_places(case["O"], case["I"], case["share"])
+    places = _flat_places(case["O"], case["I"], case["share"], str(x.device))
     changed = weight.flatten().scatter_add(0, places, values.to(weight.dtype))
     return F.linear(x, changed.view_as(weight))
 
 
 @functools.lru_cache(maxsize=4)
-def _flat_places(n_out: int, n_in: int, share: float) -> torch.Tensor:
-    return _places(n_out, n_in, share).places()
+def _flat_places(n_out: int, n_in: int, share: float, device: str) -> torch.Tensor:
+    return _places(n_out, n_in, share, device).places()
 
 
 def dense_top_k(case: dict, x, dy) -> torch.Tensor:

@@ -29,7 +29,7 @@ def sampled_product(
     dy      (T, O) or (..., O)
     x       (T, I) or (..., I), in the dtype of dy; T may be 0
     delta   gives the N places; its values are not read
-    impl    "auto", "reference" or "cpp_cpu"
+    impl    "auto", "reference", "cpp_cpu" or "triton_gpu"
 
     Returns (N,) float32 (float64 of float64), summed up in float32; nothing of size (O, I) is made.
     Bitwise the same for any number of threads. No gradient of its own.
@@ -75,10 +75,15 @@ def _problem(dy, x) -> Problem:
 
 
 def _run(dy, x, row_offsets, columns, impl):
-    if choose.choose("sampled_product", impl, _problem(dy, x)) == "cpp_cpu":
+    name = choose.choose("sampled_product", impl, _problem(dy, x))
+    if name == "cpp_cpu":
         from tilewright.ops.linear import cpp_cpu
 
         return cpp_cpu.sampled_product(dy, x, row_offsets, columns)
+    if name == "triton_gpu":
+        from tilewright.ops.linear import triton_gpu
+
+        return triton_gpu.sampled_product(dy, x, row_offsets, columns)
     rows = rows_of(row_offsets, columns.shape[0])
     products = reference.sampled_product(dy, x, rows, wide_columns(columns))
     return products.to(torch.promote_types(x.dtype, torch.float32))
@@ -113,7 +118,11 @@ def _sample_problems() -> dict[str, object]:
 choose.register(
     choose.Operator(
         "sampled_product",
-        (choose.implementation_of("linear", "cpp_cpu"), choose.REFERENCE),
+        (
+            choose.implementation_of("linear", "triton_gpu"),
+            choose.implementation_of("linear", "cpp_cpu"),
+            choose.REFERENCE,
+        ),
         lambda dy, x, delta, impl="auto": _describe(dy, x, delta),
         _sample_problems,
     )

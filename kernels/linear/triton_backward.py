@@ -17,7 +17,7 @@ from tilewright.ops.linear.triton_tiles import (
 @triton.jit(do_not_specialize=SIZES)
 def linear_dx_kernel(
     dy_ptr, weight_ptr, scales_ptr, offsets_ptr, order_ptr, nested_table_ptr, absmax_ptr,
-    out_scale_ptr, dhidden_ptr, down_ptr, seed_ptr, dx_ptr,
+    out_scale_ptr, delta_ptr, dhidden_ptr, down_ptr, seed_ptr, dx_ptr,
     dy_stride_t, dy_stride_o, weight_stride_o, weight_stride_i, down_stride_r, down_stride_i,
     n_tokens, n_in, n_out, rank, n_groups, group_size, n_lines, nested_block, threshold,
     nested_offset, keep_scale,
@@ -25,8 +25,10 @@ def linear_dx_kernel(
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dx[t, i] = sum_o dy[t, o] out_scale[o] W[o, i] + kept[t, i] sum_r dhidden[t, r] down[r, i]
+    """dx[t, i] = sum_o dy[t, o] out_scale[o] W[o, i] + delta[t, i]
+                + kept[t, i] sum_r dhidden[t, r] down[r, i]
 
+    delta (T, I)   the sums of linear_delta_kernel over the transpose of D, or None
     dy (T, O), down (R, I) any strides   W as in load_weight   dhidden (T, R), dx (T, I) contiguous
     kept       1 without dropout, else keep_scale = 1 / (1 - p) or 0
     order (I,) column j of a packed W belongs to input order[j]
@@ -76,6 +78,8 @@ def linear_dx_kernel(
                 kept = is_kept_at(seed, 0, tokens, inputs, threshold)
             update = tl.where(kept, update * keep_scale, 0.0)
         acc += update
-    pointers = dx_ptr + tokens.to(tl.int64)[:, None] * n_in + inputs[None, :]
+    place = tokens.to(tl.int64)[:, None] * n_in + inputs[None, :]
     inside = (tokens < n_tokens)[:, None] & is_column[None, :]
-    tl.store(pointers, acc.to(dx_ptr.dtype.element_ty), mask=inside)
+    if delta_ptr is not None:
+        acc += tl.load(delta_ptr + place, mask=inside, other=0.0)
+    tl.store(dx_ptr + place, acc.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -37,6 +37,15 @@ class NarrowTiles:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class DeltaTiles:
+    """Rows of a sparse delta, entries of each taken at once, and tokens."""
+
+    rows: int
+    entries: int
+    tokens: int
+
+
 def block(n: int, least: int, most: int) -> int:
     """The power of two that holds n, between least and most."""
     return min(max(least, 1 << max(n - 1, 0).bit_length()), most)
@@ -130,3 +139,44 @@ def split(capability, n_tiles: int, extent: int, step: int, is_narrow: bool) -> 
         wanted = min(PROCESSORS // max(n_tiles, 1), n_steps // 8)
     steps = -(-n_steps // max(min(wanted, n_steps), 1))
     return -(-n_steps // steps), steps
+
+
+def turned_pad(n_tokens: int) -> int:
+    """What the tokens of a turned line are rounded up to, so that loads are whole: 32 bytes."""
+    return block(n_tokens, 1, 16)
+
+
+def delta_tiles(capability, n_tokens: int) -> DeltaTiles:
+    if capability is None:
+        return DeltaTiles(16, 4, block(n_tokens, 1, 16))
+    tokens = block(n_tokens, 1, 64)
+    # 2048 to 4096 products at once, whatever the tokens are
+    return DeltaTiles(16, min(max(128 // tokens, 4), 32), tokens)
+
+
+def samples_tiles(capability, dtype: torch.dtype, n: int, n_tokens: int, size: int) -> bool:
+    """Whether whole tiles of the gradient are cheaper than a dot product for each entry.
+
+    A tile costs 2 T operations an entry of the weight, a dot product 4 T bytes out of the
+    second-level cache (8 T in float32); the densities are where both take as long at 700 (float32:
+    60) TFLOP/s and 5.5 TB/s. Predicted, not measured.
+    """
+    if capability is None:
+        return 8 * n >= size
+    # few tokens do not fill a tile's products
+    return n * (256 if dtype != torch.float32 and n_tokens >= 64 else 32) >= size
+
+
+def entry_tiles(capability, n_tokens: int) -> tuple[int, int]:
+    """Entries and tokens of a program of dot products."""
+    if capability is None:
+        return 32, block(n_tokens, 1, 16)
+    return 32, block(n_tokens, 1, 64)
+
+
+def sampled_tiles(capability, dtype: torch.dtype) -> Tiles:
+    if capability is None:
+        return Tiles(32, 16, 32, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(64, 16, 64, 8, 2)
+    return Tiles(128, 64, 128, 8, 3)

@@ -15,13 +15,14 @@ from tilewright.ops.linear.triton_tiles import (
 
 @triton.jit
 def store_finished(
-    acc, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
+    acc, delta_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
     up_stride_o, up_stride_r, o_start, n_out, t_start, n_tokens, rank, scale,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y[t, o] = (acc[o, t] + bias[o]) out_scale[o] + scale sum_r up[o, r] hidden[t, r]
+    """y[t, o] = (acc[o, t] + delta[t, o] + bias[o]) out_scale[o]
+               + scale sum_r up[o, r] hidden[t, r]
 
-    y (T, O), hidden (T, R) contiguous; column_scales (R,) take the place of scale
+    y, delta (T, O), hidden (T, R) contiguous; column_scales (R,) take the place of scale
     """
     rows = o_start + tl.arange(0, BLOCK_O)
     tokens = t_start + tl.arange(0, BLOCK_T)
@@ -48,15 +49,23 @@ def store_finished(
             acc += update
         else:
             acc += scale * update
-    pointers = y_ptr + tokens.to(tl.int64)[:, None] * n_out + rows[None, :]
+    y = tl.trans(acc)
     inside = (tokens < n_tokens)[:, None] & (rows < n_out)[None, :]
-    tl.store(pointers, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=inside)
+    place = tokens.to(tl.int64)[:, None] * n_out + rows[None, :]
+    if delta_ptr is not None:  # as late as can be: its addresses would not fit beside the update
+        delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
+        if out_scale_ptr is not None:
+            factors = tl.load(out_scale_ptr + rows, mask=rows < n_out, other=0.0)
+            delta *= factors.to(tl.float32)[None, :]
+        y += delta
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_forward_kernel(
     x_ptr, row_scales_ptr, weight_ptr, scales_ptr, offsets_ptr, order_ptr, nested_table_ptr,
-    absmax_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr, partial_ptr,
+    absmax_ptr, delta_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
+    partial_ptr,
     x_stride_t, x_stride_i, weight_stride_o, weight_stride_i, up_stride_o, up_stride_r,
     n_tokens, n_in, n_out, rank, n_groups, group_size, n_lines, nested_block, n_splits,
     split_steps, nested_offset, unit, scale,
@@ -64,8 +73,10 @@ def linear_forward_kernel(
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y[t, o] = (sum_i W[o, i] x[t, i] + bias[o]) out_scale[o] + scale sum_r up[o, r] hidden[t, r]
+    """y[t, o] = (sum_i W[o, i] x[t, i] + delta[t, o] + bias[o]) out_scale[o]
+               + scale sum_r up[o, r] hidden[t, r]
 
+    delta (T, O)       the sums of linear_delta_kernel, or None
     x (T, I), up (O, R) any strides   W as in load_weight   y (T, O), hidden (T, R) contiguous
     order (I,)         column j of a packed W belongs to input order[j]
     row_scales (T,)    x holds whole numbers (int8), and `unit` is that of the codes
@@ -122,7 +133,7 @@ def linear_forward_kernel(
         acc *= tl.load(row_scales_ptr + tokens, mask=tokens < n_tokens, other=0.0)[None, :]
     if partial_ptr is None:
         store_finished(
-            acc, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
+            acc, delta_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
             up_stride_o, up_stride_r, o_start, n_out, t_start, n_tokens, rank, scale,
             BLOCK_O, BLOCK_T, BLOCK_R,
         )  # fmt: skip
@@ -135,7 +146,7 @@ def linear_forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_forward_finish_kernel(
-    partial_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
+    partial_ptr, delta_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
     up_stride_o, up_stride_r, n_tokens, n_out, rank, n_splits, scale,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +163,8 @@ def linear_forward_finish_kernel(
     for split in tl.range(0, n_splits):
         acc += tl.load(partial_ptr + split * step + place, mask=inside, other=0.0)
     store_finished(
-        tl.trans(acc), bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr, y_ptr,
-        up_stride_o, up_stride_r, o_start, n_out, t_start, n_tokens, rank, scale,
+        tl.trans(acc), delta_ptr, bias_ptr, out_scale_ptr, hidden_ptr, up_ptr, column_scales_ptr,
+        y_ptr, up_stride_o, up_stride_r, o_start, n_out, t_start, n_tokens, rank, scale,
         BLOCK_O, BLOCK_T, BLOCK_R,
     )  # fmt: skip
 

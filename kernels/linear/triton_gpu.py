@@ -19,6 +19,12 @@ from tilewright.ops.common.triton_launch import (
 from tilewright.ops.linear import triton_config as config
 from tilewright.ops.linear.problem import DENSE, Operands, Problem
 from tilewright.ops.linear.triton_backward import linear_dx_kernel
+from tilewright.ops.linear.triton_delta_launch import (
+    delta_launch,
+    sampled_launches,
+    transposed_delta,
+    turned,
+)
 from tilewright.ops.linear.triton_forward import (
     linear_forward_finish_kernel,
     linear_forward_kernel,
@@ -44,8 +50,6 @@ def why_not(p: Problem) -> str | None:
     reason = why_not_triton(p.device, p.dtype)
     if reason is not None:
         return reason
-    if p.has_delta:
-        return "no sparse delta yet"
     # the least contraction of a product of 8-bit numbers is 32
     if p.int8_activations and not config.has_one_group(p, 32):
         return (
@@ -75,6 +79,14 @@ def backward(dy, x, hidden, o: Operands, p: Problem, wants):
     return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
+def sampled_product(dy, x, row_offsets, columns) -> torch.Tensor:
+    """(N,) float32"""
+    products = torch.empty(columns.shape, dtype=torch.float32, device=x.device)
+    for launch in sampled_launches(dy, x, row_offsets, columns, products, capability_of(x)):
+        launch.run()
+    return products
+
+
 def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[Launch]:
     """The launches of one forward pass, in order."""
     if p.tokens == 0:
@@ -90,6 +102,13 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
             "hidden_ptr": hidden, "up_ptr": up, "column_scales_ptr": _column_scales(o),
             "up_stride_o": up.stride(0), "up_stride_r": up.stride(1),
         }  # fmt: skip
+    delta = None
+    if p.has_delta:
+        delta = torch.empty(p.tokens, p.out_features, dtype=torch.float32, device=x.device)
+        d = p.delta(o)
+        launches.append(
+            delta_launch(turned(x), d.row_offsets, d.columns, d.values, delta, capability)
+        )
     tiles = config.forward_tiles(capability, p)
     operand, row_scales = x, None
     if p.int8_activations:
@@ -107,7 +126,7 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
         )
     unit, table = _codes(p, by_eight_bits=p.int8_activations)
     last = {
-        "bias_ptr": contiguous(_narrow(o.bias, torch.float32)),
+        "delta_ptr": delta, "bias_ptr": contiguous(_narrow(o.bias, torch.float32)),
         "out_scale_ptr": contiguous(_narrow(o.out_scale, torch.float32)),
         **low_rank, "y_ptr": y,
         "n_tokens": p.tokens, "n_out": p.out_features, "rank": p.rank, "n_splits": n_splits,
@@ -123,7 +142,15 @@ def forward_launches(x, o: Operands, p: Problem, y, hidden, capability) -> list[
     }  # fmt: skip
     if partial is not None:  # all that comes after the sums is the second pass's
         arguments |= dict.fromkeys(
-            ("bias_ptr", "out_scale_ptr", "hidden_ptr", "up_ptr", "column_scales_ptr", "y_ptr")
+            (
+                "delta_ptr",
+                "bias_ptr",
+                "out_scale_ptr",
+                "hidden_ptr",
+                "up_ptr",
+                "column_scales_ptr",
+                "y_ptr",
+            )
         ) | {"up_stride_o": 0, "up_stride_r": 0}
     launches.append(
         Launch(linear_forward_kernel, n_tiles * n_splits, arguments, tiles.num_warps,
@@ -255,13 +282,17 @@ def _dhidden_launches(dy, hidden, dhidden, o: Operands, p: Problem, capability) 
 def _dx_launches(dy, dhidden, dx, o: Operands, p: Problem, capability) -> list[Launch]:
     if p.tokens == 0:
         return []
+    launches, delta = [], None
+    if p.has_delta:
+        delta = torch.empty(p.tokens, p.in_features, dtype=torch.float32, device=dx.device)
+        launches.append(delta_launch(turned(dy), *transposed_delta(o, p), delta, capability))
     tiles = config.dx_tiles(capability, p, o.input_order is not None)
     down = None if dhidden is None else _narrow(o.down, dx.dtype)
     dropout = _dropout(o, p, dx)
     _, table = _codes(p, by_eight_bits=False)
     arguments = {
         "dy_ptr": dy, "out_scale_ptr": contiguous(_narrow(o.out_scale, torch.float32)),
-        "dhidden_ptr": dhidden, "down_ptr": down, "dx_ptr": dx,
+        "delta_ptr": delta, "dhidden_ptr": dhidden, "down_ptr": down, "dx_ptr": dx,
         "seed_ptr": dropout.get("seed"), "threshold": dropout.get("threshold", 0),
         "keep_scale": 1 / (1 - p.dropout_p),
         "dy_stride_t": dy.stride(0), "dy_stride_o": dy.stride(1),
@@ -273,9 +304,10 @@ def _dx_launches(dy, dhidden, dx, o: Operands, p: Problem, capability) -> list[L
         "BLOCK_R": config.rank_block(p.rank), "GROUP": _GROUP,
     }  # fmt: skip
     programs = -(-p.in_features // tiles.inputs) * -(-p.tokens // tiles.tokens)
-    return [
+    launches.append(
         Launch(linear_dx_kernel, programs, arguments, tiles.num_warps, tiles.num_stages, dx.device)
-    ]
+    )
+    return launches
 
 
 def _dbias_launches(dy, dbias, o: Operands, p: Problem, capability) -> list[Launch]:

@@ -27,7 +27,7 @@ def largest_gradients(
     dy     (T, O) or (..., O)
     x      (T, I) or (..., I), in the dtype of dy; T may be 0
     k      how many, 0 <= k <= O I
-    impl   "auto", "reference" or "cpp_cpu"
+    impl   "auto", "reference", "cpp_cpu" or "triton_gpu"
 
     Returns (k,) int64 flat places o I + i, ascending. Of equal entries those come first whose
     place does, so that the set is one and the same for any number of threads. Entries are
@@ -254,7 +254,11 @@ def _sample_problems() -> dict[str, object]:
 choose.register(
     choose.Operator(
         "largest_gradients",
-        (choose.implementation_of("sparse", "cpp_cpu"), choose.REFERENCE),
+        (
+            choose.implementation_of("sparse", "triton_gpu"),
+            choose.implementation_of("sparse", "cpp_cpu"),
+            choose.REFERENCE,
+        ),
         lambda dy, x, k, impl="auto": _describe(dy, x, k)[0],
         _sample_problems,
     )

@@ -33,10 +33,15 @@ def problem_of(dy: torch.Tensor, x: torch.Tensor, k: int) -> Problem:
 
 
 def _largest(dy, x, k, impl):
-    if choose.choose("largest_gradients", impl, problem_of(dy, x, k)) == "cpp_cpu":
+    name = choose.choose("largest_gradients", impl, problem_of(dy, x, k))
+    if name == "cpp_cpu":
         from tilewright.ops.sparse import cpp_cpu
 
         places = cpp_cpu.largest_gradients(dy, x, k)
+    elif name == "triton_gpu":
+        from tilewright.ops.sparse import triton_gpu
+
+        places = triton_gpu.largest_gradients(dy, x, k)
     else:
         places = reference.largest_gradients(dy, x, k)
     if len(places) < k:
