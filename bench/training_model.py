@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from tilewright.bench.decoder_model import Shape
 from tilewright.ops import WeightDelta
 
 RANK, ALPHA = 16, 32
-ADAMW = dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01)
+ADAMW: dict[str, Any] = dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01)
 EAGER, STOCK, COMPILED, OURS = "eager", "stock", "compiled", "tilewright"
 ADAPTER = "default"  # PEFT's name for it
 
