@@ -67,7 +67,7 @@ class Sizes:
 
     python_bytes, english_bytes   of the training parts at most
     rank          of LoRA; other methods with a choice get about as many values as it
-    most_steps    of a method's run; the clock may allow fewer
+    most_steps    of a method's run; the clock may allow fewer, but least_steps are made anyway
     rounds        of timed steps
     held_out      rows of each language; `tried` rows choose the learning rate
     """
@@ -84,6 +84,7 @@ class Sizes:
     prefix: int = 30
     most_pretraining: int = 6000
     most_steps: int = 600
+    least_steps: int = 40
     rounds: int = 7
     held_out: int = 24
     tried: int = 8
@@ -91,7 +92,8 @@ class Sizes:
 
 QUICK = Sizes(
     python_bytes=60_000, english_bytes=60_000, vocab_size=384, hidden=64, heads=2, kv_heads=1,
-    context=64, rank=2, prefix=4, most_pretraining=8, most_steps=5, rounds=2, held_out=2, tried=1,
+    context=64, rank=2, prefix=4, most_pretraining=8, most_steps=5, least_steps=5, rounds=2,
+    held_out=2, tried=1,
 )  # fmt: skip
 
 
@@ -363,7 +365,7 @@ def run(s: Sizes, seconds: float = 330.0, dtype: str = "float32", seed: int = 0)
     # three short runs of a fifth each, then one whole one
     per_step_s = 1.6 * sum(m["step_ms"] for m in measured.values()) / 1e3
     left_s = 0.85 * recipe.left_s() - 3 * len(methods) * evaluation_s
-    n_steps = max(min(5, s.most_steps), min(s.most_steps, int(left_s / per_step_s)))
+    n_steps = max(s.least_steps, min(s.most_steps, int(left_s / per_step_s)))
     methods = methods_for(recipe.model, s, max(1, 2 * n_steps // 3), recipe.english.train)
     recipe.say(f"{len(methods)} methods, {n_steps} steps each")
     for name, method in methods.items():
