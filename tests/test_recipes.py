@@ -13,6 +13,7 @@ from tilewright.bench.recipes import (
     distill,
     embedding,
     functions,
+    fusion,
     many_shot,
     ranking,
     sentence_encoder,
@@ -236,6 +237,40 @@ def test_retrieval_counts_ranks():
     found = shared.retrieval(queries, documents + 0.1 * torch.eye(3))
     assert found["first"] == pytest.approx(100 / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+
+
+# --- fusion ---
+
+
+def test_a_large_model_that_is_the_base_writes_what_the_expert_writes():
+    base, expert = small_llama(0), small_llama(1)
+    prompts = torch.tensor([[5, 9, 7], [4, 6, 2]])
+    tokens, strengths = fusion.generate(base, expert, base, prompts, 6)
+    wanted = tw.generate(expert, prompts.tolist(), max_new_tokens=6)
+    assert torch.equal(strengths, torch.ones(2, 6).double())
+    for row, want in zip(tokens.tolist(), wanted, strict=True):
+        assert row[: len(want.tokens)] == want.tokens
+
+
+def test_an_expert_that_is_the_base_leaves_the_large_model_alone():
+    large, base = small_llama(0), small_llama(1)
+    prompts = torch.tensor([[5, 9, 7], [4, 6, 2]])
+    tokens, strengths = fusion.generate(large, base, base, prompts, 6)
+    wanted = tw.generate(large, prompts.tolist(), max_new_tokens=6)
+    assert torch.equal(strengths, torch.zeros(2, 6).double())
+    for row, want in zip(tokens.tolist(), wanted, strict=True):
+        assert row[: len(want.tokens)] == want.tokens
+
+
+def test_models_of_two_vocabularies_are_refused():
+    with pytest.raises(ValueError, match=r"fuse_logits: .*need V = "):
+        tw.fuse_logits(torch.zeros(2, 9), torch.zeros(2, 8), torch.zeros(2, 8))
+
+
+def test_the_fusion_recipe_runs():
+    result = fusion.run(quick=True)
+    expect_finite(result)
+    assert 0 <= result.figures["strength"] <= 2
 
 
 # --- several teachers ---
