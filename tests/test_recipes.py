@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,8 +14,10 @@ from tilewright.bench.recipes import (
     distill,
     embedding,
     functions,
+    fusion,
     many_shot,
     ranking,
+    self_training,
     sentence_encoder,
     shared,
 )
@@ -238,6 +241,40 @@ def test_retrieval_counts_ranks():
     assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
 
 
+# --- fusion ---
+
+
+def test_a_large_model_that_is_the_base_writes_what_the_expert_writes():
+    base, expert = small_llama(0), small_llama(1)
+    prompts = torch.tensor([[5, 9, 7], [4, 6, 2]])
+    tokens, strengths = fusion.generate(base, expert, base, prompts, 6)
+    wanted = tw.generate(expert, prompts.tolist(), max_new_tokens=6)
+    assert torch.equal(strengths, torch.ones(2, 6).double())
+    for row, want in zip(tokens.tolist(), wanted, strict=True):
+        assert row[: len(want.tokens)] == want.tokens
+
+
+def test_an_expert_that_is_the_base_leaves_the_large_model_alone():
+    large, base = small_llama(0), small_llama(1)
+    prompts = torch.tensor([[5, 9, 7], [4, 6, 2]])
+    tokens, strengths = fusion.generate(large, base, base, prompts, 6)
+    wanted = tw.generate(large, prompts.tolist(), max_new_tokens=6)
+    assert torch.equal(strengths, torch.zeros(2, 6).double())
+    for row, want in zip(tokens.tolist(), wanted, strict=True):
+        assert row[: len(want.tokens)] == want.tokens
+
+
+def test_models_of_two_vocabularies_are_refused():
+    with pytest.raises(ValueError, match=r"fuse_logits: .*need V = "):
+        tw.fuse_logits(torch.zeros(2, 9), torch.zeros(2, 8), torch.zeros(2, 8))
+
+
+def test_the_fusion_recipe_runs():
+    result = fusion.run(quick=True)
+    expect_finite(result)
+    assert 0 <= result.figures["strength"] <= 2
+
+
 # --- several teachers ---
 
 
@@ -350,3 +387,82 @@ def test_lists_and_their_rankings():
 
 def test_the_ranking_recipe_runs():
     expect_finite(ranking.run(quick=True))
+
+
+# --- self-training ---
+
+TEXTS = [[5, 9, 7, 8], [4, 6, 2], [9, 11, 12, 13], [3, 5, 4], [8, 2, 6]]
+PSEUDO = torch.tensor([[0.8, 0.2], [0.1, 0.9], [0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
+
+
+def test_weights_of_pseudo_labels_are_products_of_gradients():
+    torch.manual_seed(0)
+    base = small_llama()
+    tw.restore(base)
+    student = self_training.adapted(base, width=4)
+    with torch.no_grad():  # away from the start, where an adapter's two halves are alike
+        for p in self_training.adapters(student):
+            p.add_(0.1 * torch.randn_like(p))
+    classifier = self_training.Classifier([40, 41], pad=0)
+    few, labels = [[5, 9, 2], [7, 7, 3, 4]], torch.eye(2)
+    before = [p.detach().clone() for p in student.parameters()]
+    got = self_training.weigh(classifier, student, TEXTS, PSEUDO, few, labels, ahead=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert not got.requires_grad
+
+    def flat(loss):
+        found = torch.autograd.grad(loss, self_training.adapters(student), retain_graph=True)
+        return torch.cat([g.flatten() for g in found]).double()
+
+    g = flat(classifier.losses(student, few, labels).mean())
+    each = classifier.losses(student, TEXTS, PSEUDO)
+    want = torch.stack([g @ flat(one) for one in each]).clamp(min=0)
+    assert (want > 0).any() and (want == 0).any()
+    torch.testing.assert_close(got.double(), want / want.sum(), rtol=1e-2, atol=1e-3)
+    assert float(got.sum()) == pytest.approx(1)
+
+
+def test_a_flipped_label_has_no_weight_and_its_twin_has():
+    torch.manual_seed(0)
+    base = small_llama()
+    tw.restore(base)
+    student = self_training.adapted(base, width=4)
+    classifier = self_training.Classifier([40, 41], pad=0)
+    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    weights = self_training.weigh(
+        classifier, student, [TEXTS[0]] * 2, torch.cat([wrong, right]), [TEXTS[0]], right, 1e-2
+    )
+    assert torch.equal(weights, torch.tensor([0.0, 1.0]))
+    none = self_training.weigh(
+        classifier, student, [TEXTS[0]], wrong, [TEXTS[0]], right, 1e-2
+    )  # fmt: skip
+    assert torch.equal(none, torch.zeros(1))
+
+
+def test_a_session_leaves_base_and_teacher_alone():
+    base = small_llama()
+    tw.restore(base)
+    plan = replace(self_training.QUICK, packages=("a", "b"), rows=4)
+    teacher = self_training.adapted(base, plan.width)
+    classifier = self_training.Classifier([40, 41], pad=0)
+    before = [p.detach().clone() for model in (base, teacher) for p in model.parameters()]
+    student = self_training.session(
+        classifier, base, teacher, TEXTS, (TEXTS[:2], torch.eye(2)), plan, 0, is_weighed=True
+    )
+    after = [p for model in (base, teacher) for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None for p in after)
+    frozen = {n.replace(".layer.", "."): p for n, p in student.named_parameters()
+              if not p.requires_grad}  # fmt: skip
+    assert len(frozen) == len(dict(base.named_parameters()))
+    for name, p in base.named_parameters():
+        assert torch.equal(frozen[name], p)
+    # the student begins as the base with adapters of the same draw, and has moved from there
+    torch.manual_seed(0)
+    start = self_training.adapters(self_training.adapted(base, plan.width))
+    now = self_training.adapters(student)
+    assert not any(torch.equal(a, b) for a, b in zip(start, now, strict=True))
+
+
+def test_the_self_training_recipe_runs():
+    expect_finite(self_training.run(quick=True))
