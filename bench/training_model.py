@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from tilewright.bench.decoder_model import Shape
 from tilewright.ops import WeightDelta
 
 RANK, ALPHA = 16, 32
-ADAMW = dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01)
+ADAMW: dict[str, Any] = dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01)
 EAGER, STOCK, COMPILED, OURS = "eager", "stock", "compiled", "tilewright"
 ADAPTER = "default"  # PEFT's name for it
 
@@ -56,7 +57,7 @@ def hosted(
     shape: Shape, n_tokens: int, attention: str, dtype: torch.dtype, device: str
 ) -> nn.Module:
     """transformers' model in training mode."""
-    model = hosted_without_values(shape, n_tokens, attention).to(dtype).to_empty(device=device)
+    model: Any = hosted_without_values(shape, n_tokens, attention).to(dtype).to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for name, weight in model.named_parameters():
