@@ -57,7 +57,7 @@ def hosted(
     shape: Shape, n_tokens: int, attention: str, dtype: torch.dtype, device: str
 ) -> nn.Module:
     """transformers' model in training mode."""
-    model = hosted_without_values(shape, n_tokens, attention).to(dtype).to_empty(device=device)
+    model: Any = hosted_without_values(shape, n_tokens, attention).to(dtype).to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for name, weight in model.named_parameters():

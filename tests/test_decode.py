@@ -18,6 +18,12 @@ def random_logits(rows=7, width=1000, dtype=torch.float32, seed=0):
     return (3 * torch.randn(rows, width, generator=generator)).to(dtype)
 
 
+def sample(impl, logits, **rule):
+    """`sample_tokens` by an implementation, on its device; the results are on the CPU."""
+    found = tw.sample_tokens(logits.to(impl.device), **rule, impl=impl.name)
+    return found.cpu() if isinstance(found, torch.Tensor) else tuple(t.cpu() for t in found)
+
+
 RULES = {
     "plain": {},
     "temperature": {"temperature": 0.7},
@@ -72,7 +78,7 @@ def test_the_reference_keeps_what_transformers_keeps(rule):
 def test_tokens_are_those_of_transformers_filters_and_one_uniform(rule, dtype, impl):
     """A kept set or a weight that is off moves every later threshold of the inverse: of 600 draws
     many would differ."""
-    impl.require("sample_tokens", random_logits(dtype=dtype))
+    impl.require("sample_tokens", random_logits(dtype=dtype).to(impl.device))
     rows = 600
     # ids 0 to 299 thrice, so that bfloat16 has ties inside and outside of the kept sets
     logits = random_logits(6, 1003, dtype).repeat(rows // 6, 1)
@@ -87,7 +93,7 @@ def test_tokens_are_those_of_transformers_filters_and_one_uniform(rule, dtype, i
         ]
         kept = reference.kept(scores, *columns)
         expected = by_inversion(scores.masked_fill(~kept, -math.inf), seeds, steps)
-    got = tw.sample_tokens(logits, **rule, seed=seeds, step=steps, impl=impl.name)
+    got = sample(impl, logits, **rule, seed=seeds, step=steps)
     assert got.dtype == torch.int64 and torch.equal(got, expected)
 
 
@@ -99,9 +105,9 @@ def test_every_width(width, impl):
         expected = by_inversion(stock_scores(logits, rule | {"top_k": width} if not rule else {
             **rule, **({"top_k": min(rule["top_k"], width)} if "top_k" in rule else {})
         }), seeds, 0 * seeds)  # fmt: skip
-        got = tw.sample_tokens(logits, **rule, seed=seeds, impl=impl.name)
+        got = sample(impl, logits, **rule, seed=seeds)
         assert torch.equal(got, expected), rule
-    assert torch.equal(tw.sample_tokens(logits, temperature=0, impl=impl.name), logits.argmax(-1))
+    assert torch.equal(sample(impl, logits, temperature=0), logits.argmax(-1))
 
 
 def test_equals_at_the_borders(impl):
@@ -109,7 +115,7 @@ def test_equals_at_the_borders(impl):
     seed = torch.arange(400)
 
     def seen(**rule):
-        return set(tw.sample_tokens(logits, **rule, seed=seed, impl=impl.name).tolist())
+        return set(sample(impl, logits, **rule, seed=seed).tolist())
 
     assert seen(top_k=2) == {1, 2, 4}  # all that equal the second
     assert seen(top_k=4) == {0, 1, 2, 4}
@@ -124,14 +130,14 @@ def test_equals_at_the_borders(impl):
 def test_flat_rows_and_masked_ones(impl):
     logits = torch.zeros(200, 4096)
     seed = torch.arange(200)
-    tokens = tw.sample_tokens(logits, top_p=0.25, seed=seed, impl=impl.name)
+    tokens = sample(impl, logits, top_p=0.25, seed=seed)
     assert tokens.max() < 1024 and tokens.unique().numel() > 150
     logits[:, ::2] = -math.inf
     for rule in ({}, {"top_k": 3000}, {"top_p": 0.5}, {"temperature": 1e-40}):
-        tokens = tw.sample_tokens(logits, **rule, seed=seed, impl=impl.name)
+        tokens = sample(impl, logits, **rule, seed=seed)
         assert (tokens % 2 == 1).all(), rule
     logits[:, 77] = 1.0
-    cold = tw.sample_tokens(logits, temperature=1e-40, seed=seed, impl=impl.name)
+    cold = sample(impl, logits, temperature=1e-40, seed=seed)
     assert (cold == 77).all()
 
 
@@ -148,26 +154,24 @@ def test_penalties(impl):
         for token in set(o):
             expected[row, token] -= 0.5 - 0.25 * o.count(token)
     for penalized_seed in range(20):
-        tokens, logprobs = tw.sample_tokens(
-            logits, **settings, prompt=prompt, output=output, temperature=1.3,
-            seed=penalized_seed, return_logprobs=True, impl=impl.name,
+        tokens, logprobs = sample(
+            impl, logits, **settings, prompt=prompt, output=output, temperature=1.3,
+            seed=penalized_seed, return_logprobs=True,
         )  # fmt: skip
         scores = expected / 1.3
         seeds = torch.full((5,), penalized_seed)
         assert torch.equal(tokens, by_inversion(scores, seeds, 0 * seeds))
         want = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs, want.float(), rtol=2e-6, atol=2e-6)
-    greedy = tw.sample_tokens(
-        logits, **settings, prompt=prompt, output=output, temperature=0, impl=impl.name
-    )
+    greedy = sample(impl, logits, **settings, prompt=prompt, output=output, temperature=0)
     assert torch.equal(greedy, expected.argmax(-1))
 
 
 def test_logprobs_are_of_the_unfiltered_distribution(impl):
     logits = random_logits(30, 500)
     temperature = torch.linspace(0, 2, 30)
-    tokens, logprobs = tw.sample_tokens(
-        logits, temperature=temperature, top_k=3, top_p=0.9, return_logprobs=True, impl=impl.name
+    tokens, logprobs = sample(
+        impl, logits, temperature=temperature, top_k=3, top_p=0.9, return_logprobs=True
     )
     scores = logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None]
     want = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -180,25 +184,23 @@ def test_a_row_depends_on_itself_alone(impl):
         temperature=torch.rand(64) * 2, top_k=torch.randint(0, 90, (64,)),
         top_p=0.5 + torch.rand(64) / 2, seed=torch.arange(64) << 40, step=torch.arange(64),
     )  # fmt: skip
-    together = tw.sample_tokens(logits, **rule, impl=impl.name)
+    together = sample(impl, logits, **rule)
     order = torch.randperm(64)
     shuffled = {name: value[order] for name, value in rule.items()}
-    assert torch.equal(tw.sample_tokens(logits[order], **shuffled, impl=impl.name), together[order])
+    assert torch.equal(sample(impl, logits[order], **shuffled), together[order])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(tw.sample_tokens(logits, **rule, impl=impl.name), together)
+        assert torch.equal(sample(impl, logits, **rule), together)
     finally:
         torch.set_num_threads(before)
     alone = {name: value[5].item() for name, value in rule.items()}
-    assert tw.sample_tokens(logits[5:6], **alone, impl=impl.name).item() == together[5]
+    assert sample(impl, logits[5:6], **alone).item() == together[5]
     # strided rows are read where they lie
-    assert torch.equal(
-        tw.sample_tokens(logits.t().contiguous().t(), **rule, impl=impl.name), together
-    )
+    assert torch.equal(sample(impl, logits.t().contiguous().t(), **rule), together)
     wide = torch.full((64, 5000), math.nan)
     wide[:, :3000] = logits
-    assert torch.equal(tw.sample_tokens(wide[:, :3000], **rule, impl=impl.name), together)
+    assert torch.equal(sample(impl, wide[:, :3000], **rule), together)
 
 
 def test_draws_follow_the_distribution():
@@ -255,13 +257,11 @@ def test_strange_logits_are_found_wherever_they_are(value, place, temperature, i
     logits = torch.zeros(3, 34)
     logits[2, place] = value
     with pytest.raises(ValueError, match="row 2 of logits"):
-        tw.sample_tokens(logits, temperature=temperature, impl=impl_once.name)
+        sample(impl_once, logits, temperature=temperature)
 
 
 def test_no_rows(impl_once):
-    tokens, logprobs = tw.sample_tokens(
-        torch.zeros(0, 5), return_logprobs=True, impl=impl_once.name
-    )
+    tokens, logprobs = sample(impl_once, torch.zeros(0, 5), return_logprobs=True)
     assert tokens.shape == logprobs.shape == (0,)
 
 
@@ -275,6 +275,6 @@ def test_registration():
         OPS.fuse_logits, (logits, [logits + 1], logits, "single", 2.0, 21, "auto")
     )
     explained = tw.explain("sample_tokens", logits, top_k=3)
-    assert explained.chosen in ("cpp_cpu", "reference")
+    assert explained.chosen in ("cpp_cpu", "reference") and "triton_gpu" in explained.reasons
     compiled = torch.compile(lambda x: tw.sample_tokens(x, top_k=4), backend="eager")
     assert torch.equal(compiled(logits), tw.sample_tokens(logits, top_k=4))

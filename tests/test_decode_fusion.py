@@ -24,6 +24,14 @@ def models(rows=12, width=900, experts=1, seed=0, dtype=torch.float32):
     return large.to(dtype), [t.to(dtype) for t in tuned], base.to(dtype)
 
 
+def fuse(impl, large, tuned, base, **options):
+    """`fuse_logits` by an implementation, on its device; the results are on the CPU."""
+    device = impl.device
+    large, base = large.to(device), base.to(device)
+    tuned = tuned.to(device) if isinstance(tuned, torch.Tensor) else [t.to(device) for t in tuned]
+    return [t.cpu() for t in tw.fuse_logits(large, tuned, base, **options, impl=impl.name)]
+
+
 def divergence(p_logits, q_logits):
     p, q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
@@ -38,7 +46,7 @@ def blend(large, tuned, base, a):
 @pytest.mark.parametrize("width", [1, 7, 8, 511, 512, 513, 5000])
 def test_the_divergence_is_the_experts_or_a_is_the_largest(width, dtype, impl):
     large, tuned, base = models(width=width, dtype=dtype)
-    fused, a = tw.fuse_logits(large, tuned, base, impl=impl.name)
+    fused, a = fuse(impl, large, tuned, base)
     assert fused.dtype == torch.float32 and a.shape == (12, 1) and (0 <= a).all() and (a <= 2).all()
     wanted = divergence(tuned[0], base)
     got = divergence(blend(large, tuned, base, a), large)
@@ -52,7 +60,7 @@ def test_the_divergence_is_the_experts_or_a_is_the_largest(width, dtype, impl):
 
 def test_a_large_model_that_is_the_base_gives_one(impl):
     _, tuned, base = models()
-    fused, a = tw.fuse_logits(base, tuned, base, impl=impl.name)
+    fused, a = fuse(impl, base, tuned, base)
     assert torch.equal(a, torch.ones_like(a))
     torch.testing.assert_close(fused, tuned[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(fused.argmax(-1), tuned[0].argmax(-1))
@@ -62,7 +70,7 @@ def test_a_large_model_that_is_the_base_gives_one(impl):
 def test_an_expert_that_is_the_base_changes_nothing(constant, impl):
     large, _, base = models()
     base = (base * 64).round() / 64  # so that adding the constant is exact
-    fused, a = tw.fuse_logits(large, base + constant, base, impl=impl.name)
+    fused, a = fuse(impl, large, base + constant, base)
     assert torch.equal(a, torch.zeros_like(a)) and torch.equal(fused, large)
 
 
@@ -70,9 +78,9 @@ def test_an_expert_that_is_the_base_changes_nothing(constant, impl):
 def test_constants_added_to_logits_change_nothing(which, impl):
     large, tuned, base = models()
     given = [(t * 64).round() / 64 for t in (large, tuned[0], base)]
-    fused, a = tw.fuse_logits(*given, impl=impl.name)
+    fused, a = fuse(impl, *given)
     given[which] = given[which] + 17.0
-    shifted, b = tw.fuse_logits(*given, impl=impl.name)
+    shifted, b = fuse(impl, *given)
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
     # 2e-5: float32 near 20 has steps of 2e-6
     torch.testing.assert_close(shifted.softmax(-1), fused.softmax(-1), rtol=2e-5, atol=1e-9)
@@ -80,7 +88,7 @@ def test_constants_added_to_logits_change_nothing(which, impl):
 
 def test_newton_finds_the_minimum_of_a_dense_grid(impl):
     large, tuned, base = models()
-    _, a = tw.fuse_logits(large, tuned, base, impl=impl.name)
+    _, a = fuse(impl, large, tuned, base)
     ticks = torch.linspace(0, 2, 2001, dtype=torch.float64)
     wanted = divergence(tuned[0], base)
     misses = torch.stack(
@@ -96,11 +104,11 @@ def test_newton_finds_the_minimum_of_a_dense_grid(impl):
 def test_rows_are_independent(impl):
     large, tuned, base = models(experts=2)
     for rule, experts in (("single", tuned[:1]), ("per_expert", tuned), ("grid", tuned)):
-        kwargs = dict(rule=rule, grid_points=6, impl=impl.name)
-        fused, a = tw.fuse_logits(large, experts, base, **kwargs)
+        kwargs = dict(rule=rule, grid_points=6)
+        fused, a = fuse(impl, large, experts, base, **kwargs)
         for row in (0, 7):
             one = slice(row, row + 1)
-            alone, b = tw.fuse_logits(large[one], [t[one] for t in experts], base[one], **kwargs)
+            alone, b = fuse(impl, large[one], [t[one] for t in experts], base[one], **kwargs)
             if impl.name == "cpp_cpu":
                 assert torch.equal(alone, fused[one]) and torch.equal(b, a[one])
             else:
@@ -109,7 +117,7 @@ def test_rows_are_independent(impl):
 
 def test_the_grid_rule_is_the_least_miss_of_its_points(impl):
     large, tuned, base = models(rows=5, width=300, experts=2)
-    _, a = tw.fuse_logits(large, tuned, base, rule="grid", grid_points=9, impl=impl.name)
+    _, a = fuse(impl, large, tuned, base, rule="grid", grid_points=9)
     wanted = torch.stack([divergence(t, base) for t in tuned], 1)
     ticks = torch.linspace(0, 2, 9, dtype=torch.float64)
     points = torch.cartesian_prod(ticks, ticks)
@@ -125,8 +133,8 @@ def test_the_grid_rule_is_the_least_miss_of_its_points(impl):
 
 def test_per_expert_scales_the_lone_strengths_to_the_mean_divergence(impl):
     large, tuned, base = models(experts=3)
-    alone = torch.cat([tw.fuse_logits(large, t, base, impl=impl.name)[1] for t in tuned], 1)
-    _, a = tw.fuse_logits(large, tuned, base, rule="per_expert", impl=impl.name)
+    alone = torch.cat([fuse(impl, large, t, base)[1] for t in tuned], 1)
+    _, a = fuse(impl, large, tuned, base, rule="per_expert")
     ratio = a / alone
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-9, atol=0)
     got = divergence(blend(large, tuned, base, a), large)
@@ -134,8 +142,7 @@ def test_per_expert_scales_the_lone_strengths_to_the_mean_divergence(impl):
     is_cut = a.amax(1) >= 2 - 1e-12
     assert ((got - wanted).abs()[~is_cut] < KL_BOUND).all() and (~is_cut).sum() > 6
     one, single = (
-        tw.fuse_logits(large, tuned[:1], base, rule=rule, impl=impl.name)[1]
-        for rule in ("per_expert", "single")
+        fuse(impl, large, tuned[:1], base, rule=rule)[1] for rule in ("per_expert", "single")
     )
     assert torch.equal(one, single)
 
@@ -143,10 +150,10 @@ def test_per_expert_scales_the_lone_strengths_to_the_mean_divergence(impl):
 def test_masked_and_extreme_logits(impl):
     large, tuned, base = models(rows=4)
     large[:, ::3] = -math.inf
-    fused, a = tw.fuse_logits(large, tuned, base, impl=impl.name)
+    fused, a = fuse(impl, large, tuned, base)
     assert (fused[:, ::3] == -math.inf).all() and a.isfinite().all() and (a > 0).all()
     large[:, 1] = 1e4  # so sure that no a within reach moves it
-    fused, a = tw.fuse_logits(large, tuned, base, impl=impl.name)
+    fused, a = fuse(impl, large, tuned, base)
     assert torch.equal(a, torch.full_like(a, 2.0)) and (fused.argmax(-1) == 1).all()
 
 

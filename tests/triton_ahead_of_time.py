@@ -21,8 +21,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPE_NAMES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.int64: "i64", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.int16: "i16", torch.int8: "i8",
+    torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 # how SASS names what we count: local memory (spills), tensor cores, bulk and asynchronous copies
 COUNTED = ("STL", "LDL", "HGMMA", "IGMMA", "HMMA", "IMMA", "UTMALDG", "LDGSTS", "MUFU")

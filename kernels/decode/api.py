@@ -79,7 +79,7 @@ def sample_tokens(
                         counter, so a row's token depends on its own logits, seed and step alone
     return_logprobs     also the tokens' log-probabilities under softmax(x / temperature) with
                         penalties and without filters; of greedy rows at temperature 1
-    impl                "auto", "reference" or "cpp_cpu"
+    impl                "auto", "reference", "cpp_cpu" or "triton_gpu"
 
     Each setting is one number, or one for each row. The kept tokens are those of transformers'
     logits processors in this order. Returns (B,) int64, and (B,) float32 with return_logprobs.
@@ -208,7 +208,7 @@ def fuse_logits(
                  "per_expert"  each a_t solved alone, then all scaled by one number so that the
                                divergence is the mean of the K_t
     a_max        a divergence that is not reached up to it leaves the largest a there
-    impl         "auto", "reference" or "cpp_cpu"
+    impl         "auto", "reference", "cpp_cpu" or "triton_gpu"
 
     Returns z (B, V) float32 and a (B, T) float64. Rows are independent. If large is base, the one
     expert's a is 1; where an expert is base, up to a constant, its a is 0. Sums are float64 over
@@ -250,7 +250,11 @@ def fuse_logits(
     return op.call_fuse(large, tuned, base_small, rule, float(a_max), grid_points, impl)
 
 
-_CANDIDATES = (choose.implementation_of("decode", "cpp_cpu"), choose.REFERENCE)
+_CANDIDATES = (
+    choose.implementation_of("decode", "triton_gpu"),
+    choose.implementation_of("decode", "cpp_cpu"),
+    choose.REFERENCE,
+)
 
 
 def _register(name: str) -> None:

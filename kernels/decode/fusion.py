@@ -13,6 +13,8 @@ import torch
 # sums(z, tuned, base, a): (B, 3), log of the sum of exp(z + d), mean and variance of d, where
 # d = sum over t of a[:, t] (tuned[t] - base)
 Sums = Callable[[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
+# root(z, tuned, base, wanted, direction, most): (B,), `root_by_sums` in one call
+Root = Callable[..., torch.Tensor]
 
 TOLERANCE = 1e-9  # of a divergence
 NOTHING = 1e-12  # a divergence that is rounding
@@ -25,7 +27,7 @@ class Divergence:
 
     def __init__(self, sums: Sums, z, tuned, base):
         self.sums, self.z, self.tuned, self.base = sums, z, tuned, base
-        zero = torch.zeros(z.shape[0], len(tuned), dtype=torch.float64)
+        zero = torch.zeros(z.shape[0], len(tuned), dtype=torch.float64, device=z.device)
         self.unchanged = sums(z, tuned, base, zero)[:, 0]
 
     def __call__(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,29 +36,35 @@ class Divergence:
         return (mean - (log_sum - self.unchanged)).clamp(min=0), variance.clamp(min=0)
 
 
-def strengths(sums: Sums, large, tuned, base, rule: str, a_max: float, points: int):
-    """(B, T) float64 by a rule of `fuse_logits`."""
-    ones = torch.ones(large.shape[0], 1, dtype=torch.float64)
+def strengths(
+    sums: Sums, large, tuned, base, rule: str, a_max: float, points: int, root: Root | None = None
+):
+    """(B, T) float64 by a rule of `fuse_logits`; by `root` where an implementation has one."""
+    ones = torch.ones(large.shape[0], 1, dtype=torch.float64, device=large.device)
     wanted = [Divergence(sums, base, [t], base)(ones)[0] for t in tuned]
     expect_finite(wanted)
     if rule == "grid":
         return _grid(Divergence(sums, large, tuned, base), wanted, a_max, points)
-    most = torch.full((large.shape[0],), a_max, dtype=torch.float64)
-    alone = [
-        _root(Divergence(sums, large, [t], base), w, torch.ones_like(ones), most)
-        for t, w in zip(tuned, wanted, strict=True)
-    ]
-    a = torch.stack(alone, 1)
+
+    def solve(experts, wanted, direction, most):
+        if root is None:
+            return root_by_sums(Divergence(sums, large, experts, base), wanted, direction, most)
+        found = root(large, experts, base, wanted, direction, most)
+        expect_finite([found])
+        return found
+
+    most = torch.full_like(ones[:, 0], a_max)
+    a = torch.stack([solve([t], w, ones, most) for t, w in zip(tuned, wanted, strict=True)], 1)
     if len(tuned) == 1:
         return a
     largest = a.amax(1)
     mean = torch.stack(wanted, 1).mean(1)
     mean = torch.where(largest > 0, mean, 0.0)
     most = a_max / torch.where(largest > 0, largest, 1.0)
-    return a * _root(Divergence(sums, large, tuned, base), mean, a, most)[:, None]
+    return a * solve(tuned, mean, a, most)[:, None]
 
 
-def _root(divergence: Divergence, wanted, direction, most) -> torch.Tensor:
+def root_by_sums(divergence: Divergence, wanted, direction, most) -> torch.Tensor:
     """(B,): the s in [0, most] where the divergence at s * direction is `wanted`, or `most`.
 
     Newton on the root of the divergence, which is nearly straight, inside a bracket; from s = 1.
@@ -89,10 +97,10 @@ def _grid(divergence: Divergence, wanted, a_max: float, points: int) -> torch.Te
     """The first of the grid's points with the least sum over t of (KL - K_t)^2."""
     ticks = torch.linspace(0, a_max, points, dtype=torch.float64)
     n_rows, n_experts = len(wanted[0]), len(wanted)
-    best = torch.full((n_rows,), torch.inf, dtype=torch.float64)
-    a = torch.zeros(n_rows, n_experts, dtype=torch.float64)
+    best = torch.full_like(wanted[0], torch.inf)
+    a = best.new_zeros(n_rows, n_experts)
     for point in itertools.product(ticks.tolist(), repeat=n_experts):
-        candidate = torch.tensor(point, dtype=torch.float64).expand(n_rows, -1)
+        candidate = a.new_tensor(point).expand(n_rows, -1)
         value, _ = divergence(candidate)
         expect_finite([value])
         miss = sum((value - w) ** 2 for w in wanted)

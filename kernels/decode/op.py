@@ -58,8 +58,9 @@ def _fuse_logits(large, tuned, base, rule, a_max, points, impl):
         )
         a = reference.strengths(large, tuned, base, rule, a_max, points)
     else:
-        tilt = importlib.import_module(f"tilewright.ops.decode.{chosen}").tilt
-        a = fusion.strengths(tilt, large, tuned, base, rule, a_max, points)
+        module = importlib.import_module(f"tilewright.ops.decode.{chosen}")
+        root = getattr(module, "root", None)
+        a = fusion.strengths(module.tilt, large, tuned, base, rule, a_max, points, root)
     wide = torch.float64 if large.dtype == torch.float64 else torch.float32
     fused, small = large.to(wide, copy=True), base.to(wide)
     for t, expert in enumerate(tuned):
