@@ -29,7 +29,7 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     return lines
 
 
-def transposed_delta(o: Operands, p: Problem):
+def transposed_delta(o: Operands, p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(row_offsets, columns, values) of the transpose of D, each value times out_scale.
 
     The sort is stable, so that a row's entries are in order; nothing waits for the device.
