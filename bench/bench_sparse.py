@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import tilewright
+from tilewright.bench import peers_peft
 from tilewright.bench.variant import Variant
 
 GRADIENTS = ("x", "values")
@@ -124,6 +125,51 @@ def frozen(case: dict, x, weight, values) -> torch.Tensor:
     return F.linear(x, weight)
 
 
+class _Masked(torch.autograd.Function):
+    """A layer whose dense weight trains: of its gradient all but some entries are dropped."""
+
+    @staticmethod
+    def forward(ctx, x, weight, values, places):
+        ctx.save_for_backward(x, weight, places)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, places = ctx.saved_tensors
+        return dy @ weight, None, (dy.T @ x).flatten()[places].float(), None
+
+
+def masked(case: dict, x, weight, values) -> torch.Tensor:
+    """The values are in the weight already: the least that a dense gradient costs."""
+    places = _flat_places(case["O"], case["I"], case["share"], str(x.device))
+    return _Masked.apply(x, weight, values, places)
+
+
+def _with_values_inside(case: dict, inputs: dict) -> dict:
+    places = _flat_places(case["O"], case["I"], case["share"], str(inputs["x"].device))
+    weight = inputs["weight"].flatten().float().index_add(0, places, inputs["values"].float())
+    return {**inputs, "weight": weight.to(inputs["weight"].dtype).view_as(inputs["weight"])}
+
+
+def _in_layer(make, by_places: bool = True):
+    """The inputs with the weight in a layer of PEFT's."""
+
+    def prepare(case: dict, inputs: dict) -> dict:
+        weight, values = inputs["weight"], inputs["values"]
+        places = _flat_places(case["O"], case["I"], case["share"], str(weight.device))
+        layer = make(weight, places if by_places else len(values))
+        return {"layer": layer, "x": inputs["x"], "values": values}
+
+    return prepare
+
+
+def _of_peft(run, make, tuner: str, by_places: bool = True) -> Variant:
+    return Variant(
+        run, _in_layer(make, by_places), applies=_is("train"),
+        why_not=functools.partial(peers_peft.why_not, tuner),
+    )  # fmt: skip
+
+
 def _is(step: str):
     return lambda case: case["step"] == step
 
@@ -131,6 +177,13 @@ def _is(step: str):
 VARIANTS = {
     "tilewright": Variant(ours),
     "torch scatter": Variant(stock, applies=_is("train")),
+    "torch masked gradient": Variant(masked, _with_values_inside, applies=_is("train")),
     "torch frozen": Variant(frozen, applies=_is("train")),
+    "peft supertuning": _of_peft(
+        peers_peft.by_supertuning, peers_peft.supertuning_layer, "supertuning"
+    ),
+    "peft shira": _of_peft(peers_peft.by_shira, peers_peft.shira_layer, "shira"),
+    # as many parameters, another update: its error says nothing
+    "peft lora": _of_peft(peers_peft.by_lora, peers_peft.lora_layer, "lora", by_places=False),
     "torch topk": Variant(dense_top_k, applies=_is("search")),
 }

@@ -61,7 +61,10 @@ tw::LinearCall call_of(const std::string& dtype, const py::tuple& extents, const
     const auto delta = rule[9].cast<py::tuple>();
     call.delta = delta_of(delta[0]);
     call.delta_x = rows_of(delta[1]);
+    call.n_deltas = delta[2].cast<int>();
     TW_CHECK(call.delta.offsets, "fused_linear: null pointer to delta's row_offsets");
+    TW_CHECK(call.n_deltas >= 0 && (call.n_deltas == 0 || call.row_adapters || call.tokens == 0),
+             "fused_linear: ", call.n_deltas, " deltas without row_adapters");
   }
   call.threads = threads;
   const int64_t size = call.out_features * call.in_features;

@@ -9,7 +9,8 @@ from tilewright.bench import bench_sparse, run
 def test_ours_computes_what_it_says(name):
     case = bench_sparse.CASES[name]
     here = {n: v for n, v in bench_sparse.VARIANTS.items() if v.applies(case)}
-    assert next(iter(here)) == "tilewright" and len(here) == (3 if case["step"] == "train" else 2)
+    assert next(iter(here)) == "tilewright" and len(here) == (7 if case["step"] == "train" else 2)
+    here = {n: v for n, v in here.items() if v.why_not() is None}
     for mode in case["modes"]:
         errors = run.check(bench_sparse, case, "bf16", mode, "cpu", here)
         error, wrong = errors["tilewright"]
@@ -17,7 +18,12 @@ def test_ours_computes_what_it_says(name):
         if case["step"] == "search":
             assert error == 0.0
         else:
-            assert errors["torch scatter"][0] < 1e-2 < errors["torch frozen"][0]
+            # of a copy with values added, of PEFT's as of torch's, the error is that of a rounding
+            same = {"torch scatter", "torch masked gradient", "peft supertuning", "peft shira"}
+            for peer in same & set(here):
+                assert errors[peer][0] < 1e-2, (peer, errors[peer])
+            for other in {"torch frozen", "peft lora"} & set(here):
+                assert errors[other][0] > 1e-2, other
 
 
 def test_work_counts_both_products_and_what_is_read():

@@ -48,6 +48,10 @@ struct Layer {
           vf y = load(sums + r * kSumsRow + n);
           if (row_scales) y = mul(y, set1(row_scales[begin + t0 + r]));
           if (delta.offsets) y = add(y, delta.sums_at(scratch.delta, t0 + r, n));
+          if (call->delta_sums) {
+            const float* ahead = call->delta_sums + (begin + t0 + r) * call->out_features + n0 + n;
+            y = add(y, load_n(ahead, some));
+          }
           if (call->bias) y = add(y, load_n(call->bias + n0 + n, some));
           if (call->out_scale) y = mul(y, load_n(call->out_scale + n0 + n, some));
           if (rank.r > 0) y = fma(scale, load(scratch.tile + r * kStrip<C> + (n - s)), y);

@@ -350,8 +350,8 @@ bool linear_int8(const LinearCall& call, bool* fits) {
       const int64_t group = call.packed.group_size;
       const bool long_groups =
           call.packed.groups == 1 || (group >= kLeastUnitGroup && group % kUnitInputs == 0);
-      *fits =
-          call.in_features > 0 && call.rank == 0 && !call.delta.offsets && (!kHasMatrixUnit || long_groups);
+      *fits = call.in_features > 0 && call.rank == 0 && !call.delta.offsets && !call.delta_sums &&
+              (!kHasMatrixUnit || long_groups);
       return !*fits || int8_forward<T, int8_t>(call);
     } else {
       *fits = false;

@@ -1,6 +1,8 @@
 // Hands a call to the kernels of the level in use.
 #include "linear/linear.h"
 
+#include <string.h>
+
 #include "common/at_level.h"
 #include "common/extents.h"
 #include "common/workspace.h"
@@ -47,18 +49,65 @@ bool many_gradients(const LinearBackwardCall* calls, int n_calls) {
 bool few_tokens(const LinearCall& call) {
   return takes_bytes(call) ? rows_in_bytes(call) : rows_in_floats(call);
 }
-bool few_tokens_and_delta(const LinearCall& call) {
+bool forward_of_one(const LinearCall& call);
+
+// D x of the rows of each adapter, `kRowsOfAdapter` of them at once.
+constexpr int64_t kRowsOfAdapter = 16;  // lanes of one vector of the widest level, four of the narrowest
+bool sums_of_adapters(const LinearCall& call, float* sums) {
+  const int64_t row_bytes = call.in_features * (call.dtype == DType::f32 ? 4 : 2);
+  const int64_t out_bytes = call.out_features * static_cast<int64_t>(sizeof(float));
+  // one or two tokens of a call have their own kernel; how many share an adapter must not choose it
+  const int64_t fewest = call.tokens > 2 ? 3 : 1;
+  char* workspace = take_workspace(kRowsOfAdapter * (out_bytes + row_bytes));
+  if (!workspace) return false;
+  float* found = reinterpret_cast<float*>(workspace);
+  char* rows = workspace + kRowsOfAdapter * out_bytes;
+  memset(sums, 0, static_cast<size_t>(call.tokens * out_bytes));
+  bool had_memory = true;
+  for (int a = 0; a < call.n_deltas && had_memory; ++a) {
+    LinearCall of_adapter = call;
+    of_adapter.delta.offsets += a * call.out_features;
+    of_adapter.delta_x = {rows, call.in_features};
+    int64_t at[kRowsOfAdapter], n = 0;
+    for (int64_t t = 0; t <= call.tokens && had_memory; ++t) {
+      if (t < call.tokens && call.row_adapters[t] == a) {
+        const char* from = static_cast<const char*>(call.delta_x.data);
+        const int64_t row = call.in_features ? row_bytes / call.in_features * call.delta_x.row : 0;
+        memcpy(rows + n * row_bytes, from + t * row, static_cast<size_t>(row_bytes));
+        at[n++] = t;
+      }
+      if (n == 0 || (n < kRowsOfAdapter && t < call.tokens)) continue;
+      for (of_adapter.tokens = n; of_adapter.tokens < fewest; ++of_adapter.tokens)
+        memset(rows + of_adapter.tokens * row_bytes, 0, static_cast<size_t>(row_bytes));
+      had_memory = sums_of_delta(of_adapter, found);
+      for (int64_t i = 0; i < n; ++i)
+        memcpy(sums + at[i] * call.out_features, found + i * call.out_features,
+               static_cast<size_t>(out_bytes));
+      n = 0;
+    }
+  }
+  give_workspace(workspace);
+  return had_memory;
+}
+
+// The call once the sums of D x are there.
+bool with_sums_of_delta(const LinearCall& call) {
   char* sums = take_workspace(call.tokens * call.out_features * static_cast<int64_t>(sizeof(float)));
   if (!sums) return false;
   LinearCall with_sums = call;
   with_sums.delta_sums = reinterpret_cast<const float*>(sums);
-  const bool had_memory = sums_of_delta(call, reinterpret_cast<float*>(sums)) && few_tokens(with_sums);
+  with_sums.delta.offsets = nullptr;
+  with_sums.n_deltas = 0;
+  float* to = reinterpret_cast<float*>(sums);
+  const bool had_memory =
+      (call.n_deltas > 0 ? sums_of_adapters(call, to) : sums_of_delta(call, to)) && forward_of_one(with_sums);
   give_workspace(sums);
   return had_memory;
 }
 
 bool forward_of_one(const LinearCall& call) {
-  if (are_few(call)) return call.delta.offsets ? few_tokens_and_delta(call) : few_tokens(call);
+  if (call.delta.offsets && (call.n_deltas > 0 || are_few(call))) return with_sums_of_delta(call);
+  if (are_few(call)) return few_tokens(call);
   if (call.int8_activations) {
     bool fits = false;
     const bool had_memory = whole_numbers(call, &fits);

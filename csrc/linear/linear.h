@@ -43,6 +43,7 @@ struct LinearCall {
   const int32_t* input_order;  // (I): which input of the numbering of D and of the dropout each column is, or
                                // nullptr
   SparseDelta delta;           // added to the weight
+  int n_deltas;                // 0, or one below the other in `delta`: rows of x have that of their adapter
   Rows delta_x;                // (T, I): x in the order of D's columns
   const float* delta_sums;     // (T, O): the sums of D x where they are made ahead, or nullptr
   int threads;

@@ -5,6 +5,7 @@ Row o of D holds `values[n]` at `columns[n]` for row_offsets[o] <= n < row_offse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,41 @@ class WeightDelta:
             as_columns(places - rows * in_features, in_features),
             values if bool((order[1:] > order[:-1]).all()) else values[order],
         )
+
+    @classmethod
+    def stacked(
+        cls, deltas: Sequence[WeightDelta | None], out_features: int, in_features: int
+    ) -> WeightDelta:
+        """Deltas of several adapters (O, I), one below the other: (A O, I); None is empty.
+
+        Values are kept as they are where all are of one type, else in float32.
+        """
+        if not any(deltas):
+            raise ValueError(f"WeightDelta.stacked: {len(deltas)} deltas, need at least one")
+        there = [d for d in deltas if d is not None]
+        for a, d in enumerate(deltas):
+            if d is not None:
+                if d.shape != (out_features, in_features):
+                    raise ValueError(
+                        f"WeightDelta.stacked: deltas[{a}] is of shape {d.shape}, need "
+                        f"{(out_features, in_features)}"
+                    )
+                d.expect_whole("WeightDelta.stacked")
+        one = len({d.values.dtype for d in there}) == 1
+        offsets, base = [there[0].row_offsets[:1]], 0
+        for d in deltas:
+            if d is None:
+                offsets.append(offsets[-1][-1:].expand(out_features))
+            else:
+                offsets.append(d.row_offsets[1:] + base)
+                base += d.nnz
+        whole = cls(
+            len(deltas) * out_features, in_features, torch.cat(offsets),
+            torch.cat([d.short().columns for d in there]),
+            torch.cat([d.values if one else d.values.float() for d in there]),
+        )  # fmt: skip
+        object.__setattr__(whole, "_is_whole", True)  # each has been looked through
+        return whole
 
     @property
     def shape(self) -> tuple[int, int]:

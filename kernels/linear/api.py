@@ -188,24 +188,28 @@ def quantized_linear(
 def multi_lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor | PackedWeight,
-    downs: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor | None],
+    ups: Sequence[torch.Tensor | None],
     row_adapters: torch.Tensor,
     *,
     scales: Sequence[float],
+    deltas: Sequence[WeightDelta | None] | WeightDelta | None = None,
     bias: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A linear layer whose rows each belong to one of several low-rank updates, or to none.
+    """A linear layer whose rows each belong to one of several adapters, or to none.
 
-        y[t] = W x[t] + bias + scales[a] ups[a] downs[a] x[t],   a = row_adapters[t]
+        y[t] = (W + deltas[a]) x[t] + bias + scales[a] ups[a] downs[a] x[t],   a = row_adapters[t]
 
     x              (T, I) or (..., I) activations; T may be 0
     weight         (O, I) in x.dtype, or a PackedWeight of that shape, which gets no gradient
     downs, ups     one (Ra, I) and (O, Ra) for each adapter; ranks may differ and add up to at most
-                   4096
+                   4096. With deltas, None for an adapter without a low-rank update
     row_adapters   (T,) int32, or x.shape[:-1]: the adapter of a row, -1 for none
     scales         one number for each adapter
+    deltas         a sparse (O, I) for each adapter, or None for one without; or all of them in one
+                   by `WeightDelta.stacked`, which a call would else do anew. Summed up as the delta
+                   of `fused_linear` is; forward only: nothing may require grad
     bias           (O,)
     impl           "auto", "reference", "cpp_cpu", "triton_gpu" or "cuda_hopper"
 
@@ -216,6 +220,7 @@ def multi_lora_linear(
     Source: Chen et al., Punica, arXiv 2310.18547.
     """
     name = "multi_lora_linear"
+    n_adapters = len(downs)
     if not len(downs) == len(ups) == len(scales) or not downs:
         raise ValueError(
             f"{name}: {len(downs)} downs, {len(ups)} ups and {len(scales)} scales, need as many "
@@ -227,7 +232,16 @@ def multi_lora_linear(
             f"need int32 of shape {tuple(x.shape[:-1])} as x without its last axis"
         )
     n_out, n_in = weight.shape if isinstance(weight, PackedWeight) else _matrix(name, weight)
+    delta = _stacked(name, deltas, n_adapters, n_out, n_in)
     for a, (down, up, scale) in enumerate(zip(downs, ups, scales, strict=True)):
+        if down is None and up is None and delta is not None:
+            continue
+        if down is None or up is None:
+            missing = "down" if down is None else "up"
+            raise ValueError(
+                f"{name}: {missing}s[{a}] is None, need downs and ups of each adapter, or with "
+                "deltas neither"
+            )
         expect_dtype(name, DTYPES, **{f"downs[{a}]": down})
         expect_dtype(name, DTYPES, **{f"ups[{a}]": up})
         expect_device(name, x=x, **{f"downs[{a}]": down, f"ups[{a}]": up})
@@ -242,25 +256,54 @@ def multi_lora_linear(
             )
         if not abs(scale) < math.inf:
             raise ValueError(f"{name}: scales[{a}] is {scale}, need a finite number")
-    ranks = [d.shape[0] for d in downs]
+    ranks = [0 if d is None else d.shape[0] for d in downs]
     # made on the CPU: nothing waits for a GPU to tell its ranks
-    columns = torch.tensor([a for a, rank in enumerate(ranks) for _ in range(rank)])
+    columns = torch.tensor([a for a, rank in enumerate(ranks) for _ in range(rank)]).long()
     each = torch.tensor([float(s) for s in scales])
     columns, column_scales = columns.int(), each[columns]
     device = row_adapters.device
+    low_rank = {}
+    if any(ranks):
+        low_rank = dict(
+            down=torch.cat([d for d in downs if d is not None]),
+            up=torch.cat([u for u in ups if u is not None], dim=1),
+            column_adapters=columns.to(device, non_blocking=True),
+            column_scales=column_scales.to(device, non_blocking=True),
+        )
     p, x2, o = describe(
-        x, weight, bias, down=torch.cat(list(downs)), up=torch.cat(list(ups), dim=1),
-        row_adapters=row_adapters.reshape(-1),
-        column_adapters=columns.to(device, non_blocking=True),
-        column_scales=column_scales.to(device, non_blocking=True), name=name,
+        x, weight, bias, row_adapters=row_adapters.reshape(-1), delta=delta,
+        n_deltas=n_adapters if delta is not None else 0, name=name, **low_rank,
     )  # fmt: skip
+    if delta is not None and torch.is_grad_enabled() and op.needs_gradient(x2, o):
+        raise ValueError(
+            f"{name}: deltas of several adapters have no gradient, and x or another tensor "
+            "requires one; call it under torch.no_grad()"
+        )
     return op.call_fused_linear(x2, o, p, impl).view(*x.shape[:-1], p.out_features)
+
+
+def _stacked(name, deltas, n_adapters: int, n_out: int, n_in: int) -> WeightDelta | None:
+    """The deltas of all adapters one below the other, or None."""
+    if deltas is None:
+        return None
+    if isinstance(deltas, WeightDelta):
+        return deltas  # its shape is looked at with everything else
+    if len(deltas) != n_adapters:
+        raise ValueError(
+            f"{name}: {len(deltas)} deltas and {n_adapters} downs, need as many, None for an "
+            "adapter without"
+        )
+    for a, d in enumerate(deltas):
+        if d is not None and d.shape != (n_out, n_in):
+            raise ValueError(f"{name}: deltas[{a}] is of shape {d.shape}, need {(n_out, n_in)}: "
+                             "(O, I) as in weight")  # fmt: skip
+    return WeightDelta.stacked(deltas, n_out, n_in) if any(deltas) else None
 
 
 def describe(
     x, weight, bias=None, *, out_scale=None, down=None, up=None, scale=1.0, activation="none",
     dropout_p=0.0, dropout_seed=None, int8_activations=False, row_adapters=None,
-    column_adapters=None, column_scales=None, delta=None, name="fused_linear",
+    column_adapters=None, column_scales=None, delta=None, n_deltas=0, name="fused_linear",
 ):  # fmt: skip
     """Check everything, and return the problem record, x as (T, I) and the other tensors."""
     packed = weight if isinstance(weight, PackedWeight) else None
@@ -327,7 +370,7 @@ def describe(
         expect_whole(name, "weight", packed, x)
         operands = _with_packed(operands, packed)
     if delta is not None:
-        operands = _with_delta(name, operands, delta, x, n_out, n_in)
+        operands = _with_delta(name, operands, delta, x, max(n_deltas, 1) * n_out, n_in)
     nested = None if packed is None else packed.nested
     problem = Problem(
         device=device, dtype=x.dtype, tokens=x2.shape[0], in_features=n_in, out_features=n_out,
@@ -336,7 +379,7 @@ def describe(
         nested_offset=0.0 if nested is None else float(nested.offset),
         nested_block=0 if nested is None else nested.block, scale=float(scale),
         activation=activation, dropout_p=float(dropout_p), int8_activations=int8_activations,
-        has_delta=delta is not None,
+        has_delta=delta is not None, n_deltas=n_deltas,
     )  # fmt: skip
     return problem, x2, operands
 

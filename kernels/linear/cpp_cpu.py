@@ -73,7 +73,9 @@ class _Held:
             d = p.delta(o).map(lambda t: t.detach().contiguous())
             # its columns are numbered as those of x before it was put into order
             self.delta_x, self.delta_tensors = _in_rows(x), d
-            self.delta = _delta(d.row_offsets, d.columns, d.values), _rows(self.delta_x)
+            self.delta = (
+                _delta(d.row_offsets, d.columns, d.values), _rows(self.delta_x), p.n_deltas
+            )  # fmt: skip
         self.seed = 0 if o.dropout_seed is None else int(o.dropout_seed.item())
         self.weight_packed = None
         if o.codes is not None:

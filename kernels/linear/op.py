@@ -50,13 +50,16 @@ def _problem(x, *r, needs_grad=False) -> tuple[Problem, Operands, str]:
     o = Operands._make(r[:N_OPERANDS])
     (out_features, format, group_size, nested_offset, nested_block, scale, activation, dropout_p,
      int8_activations, impl) = r[N_OPERANDS:]  # fmt: skip
+    n_deltas = 0
+    if o.delta_offsets is not None and o.row_adapters is not None:
+        n_deltas = (o.delta_offsets.shape[0] - 1) // max(out_features, 1)
     problem = Problem(
         device=x.device.type, dtype=x.dtype, tokens=x.shape[0], in_features=x.shape[1],
         out_features=out_features, rank=0 if o.down is None else o.down.shape[0], format=format,
         group_size=group_size, nested_offset=nested_offset, nested_block=nested_block,
         scale=scale, activation=activation, dropout_p=dropout_p,
         int8_activations=int8_activations, needs_grad=needs_grad,
-        has_delta=o.delta_values is not None,
+        has_delta=o.delta_values is not None, n_deltas=n_deltas,
     )  # fmt: skip
     return problem, o, impl
 
@@ -89,7 +92,10 @@ class _ReferenceImplementation:
 
     @staticmethod
     def _delta(p: Problem, o: Operands) -> torch.Tensor | None:
-        return p.delta(o).dense().double() if p.has_delta else None
+        if not p.has_delta:
+            return None
+        dense = p.delta(o).dense().double()
+        return dense.view(p.n_deltas, p.out_features, p.in_features) if p.n_deltas else dense
 
     @staticmethod
     def _low_rank(x: torch.Tensor, p: Problem, o: Operands) -> dict:
@@ -148,12 +154,12 @@ class _ReferenceImplementation:
         )
 
 
-def _expect_adapters(o: Operands) -> None:
+def _expect_adapters(o: Operands, p: Problem) -> None:
     """Refuse rows of adapters that are not there; on a GPU it would wait for the device."""
     rows, columns = o.row_adapters, o.column_adapters
-    if rows is None or columns is None or rows.device.type != "cpu":
+    if rows is None or rows.device.type != "cpu":
         return
-    last = int(columns.max())
+    last = max(-1 if columns is None else int(columns.max()), p.n_deltas - 1)
     stray = ((rows < -1) | (rows > last)).nonzero()
     if stray.numel():
         t = int(stray[0])
@@ -164,7 +170,7 @@ def _expect_adapters(o: Operands) -> None:
 
 
 def _run_forward(x, o: Operands, p: Problem, impl: str):
-    _expect_adapters(o)
+    _expect_adapters(o, p)
     return _implementation(choose.choose("fused_linear", impl, p)).forward(x, o, p)
 
 

@@ -64,6 +64,7 @@ class Problem(NamedTuple):
     int8_activations  x is rounded to 8 bits a row before it meets the packed weight
     needs_grad        whether a gradient will be asked for
     has_delta         whether a sparse delta is added to the weight
+    n_deltas          0, or how many the rows choose from by their adapter, one below the other
     """
 
     device: str
@@ -82,6 +83,7 @@ class Problem(NamedTuple):
     int8_activations: bool = False
     needs_grad: bool = False
     has_delta: bool = False
+    n_deltas: int = 0
 
     def packed(self, o: Operands) -> PackedWeight:
         """The packed weight again, from its tensors."""
@@ -97,9 +99,10 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def delta(self, o: Operands) -> WeightDelta:
-        """The delta again, from its tensors."""
+        """The delta again, from its tensors; several are (A O, I)."""
         assert o.delta_offsets is not None and o.delta_columns is not None
         assert o.delta_values is not None
         return WeightDelta(
-            self.out_features, self.in_features, o.delta_offsets, o.delta_columns, o.delta_values
-        )
+            max(self.n_deltas, 1) * self.out_features, self.in_features, o.delta_offsets,
+            o.delta_columns, o.delta_values,
+        )  # fmt: skip

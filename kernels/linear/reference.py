@@ -57,10 +57,16 @@ def fused_linear(
     row_adapters     (T,) the adapter of each row, -1 for none; with it
     column_adapters  (R,) the adapter of each row of down
     column_scales    (R,) factors that take the place of scale
-    delta            (O, I) what is added to the weight, or None
+    delta            (O, I) what is added to the weight, or None; or (A, O, I) for each adapter
     """
-    weight = weight.double() if delta is None else weight.double() + delta.double()
+    weight = weight.double()
+    if delta is not None and delta.dim() == 2:
+        weight = weight + delta.double()
     y = x.double() @ weight.T
+    if delta is not None and delta.dim() == 3:
+        for adapter, of_adapter in enumerate(delta.double()):
+            mine = (row_adapters == adapter)[:, None]
+            y = y + torch.where(mine, x.double() @ of_adapter.T, 0.0)
     if bias is not None:
         y = y + bias.double()
     if out_scale is not None:

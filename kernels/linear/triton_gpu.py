@@ -50,6 +50,8 @@ def why_not(p: Problem) -> str | None:
     reason = why_not_triton(p.device, p.dtype)
     if reason is not None:
         return reason
+    if p.n_deltas:
+        return "one sparse delta for all rows, not one for each adapter"
     # the least contraction of a product of 8-bit numbers is 32
     if p.int8_activations and not config.has_one_group(p, 32):
         return (
