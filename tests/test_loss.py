@@ -68,6 +68,43 @@ def test_a_batch_without_labels_costs_and_changes_nothing(impl_once):
             assert torch.equal(t, torch.zeros_like(t)), name
 
 
+@pytest.mark.parametrize("n_block", [8, 1000])
+@pytest.mark.parametrize("place", [(0, 29), (1, 30), (3, 20), (5, 6), (0, 30)], ids=str)
+def test_labels_that_stand_in_a_row_meet_the_head_where_they_lie(place, n_block, monkeypatch):
+    """The loss and its gradients are, bit by bit, those of these tokens alone; the others get 0."""
+    monkeypatch.setattr(blocks, "block_tokens", lambda *a: n_block)
+    kept = slice(*place)
+    h, weight = normal(30, 16).requires_grad_(), normal(50, 16, seed=1).requires_grad_()
+    labels = torch.full((30,), -100)
+    labels[kept] = torch.arange(30)[kept]
+    loss = ops.linear_cross_entropy(h, weight, labels)
+    alone = ops.linear_cross_entropy(h[kept].contiguous(), weight, labels[kept])
+    assert torch.equal(loss, alone)
+    dh, dweight = torch.autograd.grad(loss, (h, weight))
+    expected = torch.autograd.grad(alone, (h, weight))
+    assert torch.equal(dh, expected[0]) and torch.equal(dweight, expected[1])
+    assert dh[kept].any(1).all() and dh.any(1).sum() == place[1] - place[0]
+
+
+def test_labels_in_a_row_are_not_gathered(monkeypatch):
+    gathered = []
+    take = torch.Tensor.__getitem__
+
+    def seen(tensor, index):
+        if isinstance(index, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == 16:
+            gathered.append(index)
+        return take(tensor, index)
+
+    h, weight, labels = normal(30, 16), normal(50, 16, seed=1), torch.arange(30)
+    labels[-1] = -100
+    monkeypatch.setattr(torch.Tensor, "__getitem__", seen)
+    ops.linear_cross_entropy(h, weight, labels)
+    assert not gathered
+    labels[3] = -100
+    ops.linear_cross_entropy(h, weight, labels)
+    assert gathered
+
+
 def test_ignored_tokens_may_hold_anything():
     case = CASES["odd extents"]
     tensors = make(case, torch.float32)

@@ -103,10 +103,20 @@ def run(
         return _run(over_block, head, upstream, stats, wants, wants_total, skips)
 
 
+def _first_of(kept: torch.Tensor | None) -> int | None:
+    """Where the kept tokens begin if they stand in a row, as all but the last of a document do:
+    then they need not be gathered. None: they do not."""
+    if kept is None:
+        return 0
+    n = len(kept)
+    return int(kept[0]) if n and int(kept[-1]) - int(kept[0]) == n - 1 else None
+
+
 def _run(over_block, head: Head, upstream, stats, wants, wants_total, skips) -> Found:
     h, weight = head.h, head.weight
     asked = (head.ids >= 0).any(1)
     kept = None if not skips or bool(asked.all()) else asked.nonzero()[:, 0]
+    first = _first_of(kept)
     ids, is_backward = head.ids, stats is not None
     if kept is not None:
         ids = ids[kept]
@@ -124,7 +134,10 @@ def _run(over_block, head: Head, upstream, stats, wants, wants_total, skips) -> 
     found = Found(floats(*ids.shape), floats(n_kept), total, stats)
     dh = None
     if wants[0]:
-        dh = h.new_empty(h.shape) if kept is None else h.new_zeros(h.shape)
+        dh = h.new_zeros(h.shape) if first is None else h.new_empty(h.shape)
+        if first is not None:
+            dh[:first].zero_()
+            dh[first + n_kept :].zero_()
     is_summed_apart = wants[1] and weight.dtype in (torch.bfloat16, torch.float16)
     width = h.shape[1] if is_summed_apart else 0
     on_gpu = h.device.type == "cuda"
@@ -134,15 +147,18 @@ def _run(over_block, head: Head, upstream, stats, wants, wants_total, skips) -> 
     logits = h.new_empty(min(n_block, n_kept), n_classes)
     for begin in range(0, n_kept, n_block):
         block = slice(begin, min(n_kept, begin + n_block))
-        h_block, of_block = h[block if kept is None else kept[block]], logits[: block.stop - begin]
+        place: torch.Tensor | slice = block if kept is None else kept[block]
+        if first is not None:
+            place = slice(first + block.start, first + block.stop)
+        h_block, of_block = h[place], logits[: block.stop - begin]
         torch.mm(h_block, weight.t(), out=of_block)
         of_upstream = None if upstream is None else upstream.rows(block)
         of_head = head._replace(h=h_block, ids=ids[block])
         over_block(of_head, of_block, of_upstream, found.rows(block), is_backward)
-        if dh is not None and kept is None:
-            torch.mm(of_block, weight, out=dh[block])
-        elif dh is not None and kept is not None:
-            dh[kept[block]] = torch.mm(of_block, weight)
+        if dh is not None and first is not None:
+            torch.mm(of_block, weight, out=dh[place])
+        elif dh is not None:
+            dh[place] = torch.mm(of_block, weight)
         if sums is not None:
             sums.add(of_block, h_block)
         if dbias is not None:
