@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,3 +186,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="metadata has 'n': 3, need texts by name"):
         ops.save_deltas(path, {"a": random_delta()}, {"n": 3})
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("block", [(1, 8), (16, 16), (4, 2)], ids=str)
+def test_blocks_stay_blocks(tmp_path, block):
+    """In any order, as entries for all that reads them, and in a file with a place a block."""
+    n_out, n_in = 64, 96
+    rows, columns = block
+    there = torch.randperm(n_out * n_in // (rows * columns))[:7]
+    values = torch.randn(7, rows, columns)
+    delta = ops.WeightDelta.from_blocks(there, values, n_out, n_in, block)
+    delta.expect_whole("test")
+    dense = torch.zeros(n_out, n_in)
+    for b, of_block in zip(there.tolist(), values, strict=True):
+        o, i = b // (n_in // columns) * rows, b % (n_in // columns) * columns
+        dense[o : o + rows, i : i + columns] = of_block
+    assert torch.equal(delta.dense(), dense) and delta.nnz == 7 * rows * columns
+    x, weight = torch.randn(5, n_in), torch.randn(n_out, n_in)
+    y = ops.fused_linear(x, weight, delta=delta)
+    assert torch.allclose(y, x @ (weight + dense).T, atol=1e-4)
+    path = tmp_path / "blocks.safetensors"
+    ops.save_deltas(path, {"w": delta, "v": delta.with_values(2 * delta.values)})
+    back = ops.load_deltas(path).deltas
+    for name, wanted in (("w", dense), ("v", 2 * dense)):
+        assert back[name].block == block and torch.equal(back[name].dense(), wanted)
+    assert torch.equal(back["w"].blocks()[0], there.sort().values)
+    n_steps = len(saved.encode_places(there.sort().values, n_out * n_in // (rows * columns)))
+    assert len(load_file(path)["w.steps"]) == n_steps
+
+
+def test_a_block_that_is_not_whole_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"blocks are \(3, 8\), need divisors of \(O, I\) = \(64, 96\)"
+    ):
+        ops.WeightDelta.from_blocks(torch.zeros(1), torch.zeros(1, 3, 8), 64, 96, (3, 8))
+    delta = ops.WeightDelta.from_flat(torch.arange(8) * 9, torch.ones(8), 64, 96)
+    with pytest.raises(ValueError, match=r"a block of \(1, 8\) is not whole"):
+        ops.save_deltas(tmp_path / "b.safetensors", {"w": replace(delta, block=(1, 8))})

@@ -25,6 +25,8 @@ class WeightDelta:
     row_offsets   (O + 1,) int64, from 0 to N
     columns       (N,) int32, or int16 where I <= 65536, read modulo 2**16; ascending in a row
     values        (N,) float32 or bfloat16 (float64: reference only); may require grad
+    block         (rows, columns) that are there together, such as (1, 8) or (16, 16); files keep
+                  places of blocks, kernels read entries
     """
 
     out_features: int
@@ -32,6 +34,56 @@ class WeightDelta:
     row_offsets: torch.Tensor
     columns: torch.Tensor
     values: torch.Tensor
+    block: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: torch.Tensor,
+        values: torch.Tensor,
+        out_features: int,
+        in_features: int,
+        block: tuple[int, int],
+    ) -> WeightDelta:
+        """From places of whole blocks, in any order.
+
+        blocks   (B,) int64, row-major among (O / rows, I / columns) blocks, no two the same
+        values   (B, rows, columns)
+        block    (rows, columns), which divide O and I
+        """
+        rows, columns = block
+        shape = (out_features, in_features)
+        if min(block) < 1 or out_features % rows or in_features % columns:
+            raise ValueError(f"WeightDelta: blocks are {block}, need divisors of (O, I) = {shape}")
+        if blocks.dim() != 1 or values.shape != (len(blocks), rows, columns):
+            raise ValueError(
+                f"WeightDelta: blocks has shape {tuple(blocks.shape)} and values "
+                f"{tuple(values.shape)}, need (B,) and (B, {rows}, {columns})"
+            )
+        blocks, across = blocks.long(), in_features // columns
+        row = blocks.div(max(across, 1), rounding_mode="floor")
+        first = row * rows * in_features + (blocks - row * across) * columns
+        within = (
+            torch.arange(rows, device=blocks.device)[:, None] * in_features
+            + torch.arange(columns, device=blocks.device)
+        )  # fmt: skip
+        places = (first[:, None, None] + within).flatten()
+        delta = cls.from_flat(places, values.flatten(), out_features, in_features)
+        return replace(delta, block=(rows, columns))
+
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) int64, ascending, and values (B, rows, columns): the inverse of from_blocks."""
+        rows, columns = self.block
+        across = self.in_features // columns
+        of_entry = self.rows() // rows * across + self.wide_columns() // columns
+        # entries are in row-major order, and so they stay within a block
+        order = of_entry.sort(stable=True).indices
+        whole = (
+            of_entry[order].view(-1, rows * columns) if self.nnz % (rows * columns) == 0 else None
+        )
+        if whole is None or not bool((whole == whole[:, :1]).all()):
+            raise ValueError(f"WeightDelta: a block of {self.block} is not whole")
+        return whole[:, 0], self.values[order].view(-1, rows, columns)
 
     @classmethod
     def from_flat(

@@ -3,12 +3,14 @@
 Each delta `name` is stored as name.values (N,), and as name.steps: the differences of its places,
 less one, in units. A unit that is all ones means that the step goes on in the next, so that a step
 s takes s // m + 1 units of the largest value m: those of 8 bits where the mean step is short, of 16
-bits where it is long. The header's text `tilewright.deltas` is JSON: {"version": 1, "deltas":
-{name: shape}, "metadata": {}}.
+bits where it is long. Of a delta in blocks they are the places of blocks, and its values stand
+block by block. The header's text `tilewright.deltas` is JSON: {"version": 1, "deltas": {name:
+shape}, "metadata": {}}, a shape being [O, I] or [O, I, rows, columns of a block].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -76,10 +78,15 @@ def save_deltas(
     tensors, shapes = {}, {}
     for name, delta in deltas.items():
         delta.expect_whole("save_deltas")
-        size = delta.out_features * delta.in_features
-        tensors[f"{name}.steps"] = encode_places(delta.places().cpu(), size)
-        tensors[f"{name}.values"] = delta.values.detach().cpu().clone()
+        size = delta.out_features * delta.in_features // math.prod(delta.block)
         shapes[name] = list(delta.shape)
+        if delta.block == (1, 1):
+            places, values = delta.places(), delta.values
+        else:
+            places, values = delta.blocks()
+            shapes[name] += delta.block
+        tensors[f"{name}.steps"] = encode_places(places.cpu(), size)
+        tensors[f"{name}.values"] = values.detach().cpu().flatten().clone()
     write_tensors(path, tensors, header_of("save_deltas", HEADER, metadata, deltas=shapes))
 
 
@@ -96,17 +103,21 @@ def load_deltas(path: str | Path, device: torch.device | str = "cpu") -> SavedDe
     """
     header = read_header("load_deltas", path, HEADER, "deltas")
     try:
-        shapes = {str(n): (int(o), int(i)) for n, (o, i) in header["deltas"].items()}
+        shapes = {str(n): _shape_and_block(*s) for n, s in header["deltas"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"its header cannot be read: {error!r}") from error
     tensors = read_tensors(path)
-    deltas = {name: _delta(path, name, shape, tensors) for name, shape in shapes.items()}
+    deltas = {name: _delta(path, name, *shape, tensors) for name, shape in shapes.items()}
     if tensors:
         raise _damaged(path, f"its header does not tell of {', '.join(sorted(tensors))}")
     return SavedDeltas({name: d.to(device) for name, d in deltas.items()}, header["metadata"])
 
 
-def _delta(path, name, shape, tensors) -> WeightDelta:
+def _shape_and_block(n_out, n_in, rows=1, columns=1) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (int(n_out), int(n_in)), (int(rows), int(columns))
+
+
+def _delta(path, name, shape, block, tensors) -> WeightDelta:
     values, units = (tensors.pop(f"{name}.{part}", None) for part in ("values", "steps"))
     if values is None or units is None:
         raise _damaged(path, f"{name} has no {'values' if values is None else 'steps'}")
@@ -115,9 +126,12 @@ def _delta(path, name, shape, tensors) -> WeightDelta:
     if units.dtype not in (torch.uint8, torch.uint16) or units.dim() != 1 or min(shape) < 0:
         raise _damaged(path, f"{name}.steps is {units.dtype} of shape {tuple(units.shape)}")
     places = decode_places(units)
-    if places.shape != values.shape:
+    if len(places) * math.prod(block) != len(values) or min(block) < 1:
         raise _damaged(path, f"{name} has {len(places)} places and {len(values)} values")
     try:
+        if block != (1, 1):
+            values = values.view(-1, *block)
+            return WeightDelta.from_blocks(places, values, shape[0], shape[1], block)
         return WeightDelta.from_flat(places, values, *shape)
     except ValueError as error:
         raise _damaged(path, f"{name}: {error}") from error
