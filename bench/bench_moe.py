@@ -50,6 +50,21 @@ def _packed(n_experts: int, n_out: int, n_in: int, seed: int):
     return packed, decoded.view(n_experts, n_out, n_in)
 
 
+def _ids(n_tokens: int, n_experts: int, slots: int, skew: float | None, generator) -> torch.Tensor:
+    """(T, K), the first that is drawn."""
+    logits = torch.randn(n_tokens, n_experts, generator=generator, device=generator.device)
+    if skew:
+        logits[: int(skew * n_tokens), 0] += 100
+    return logits.topk(slots, dim=-1).indices
+
+
+@functools.cache
+def _active(n_tokens: int, n_experts: int, slots: int, skew: float | None) -> int:
+    """How many experts have tokens, on a CPU; on a GPU other numbers are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    return _ids(n_tokens, n_experts, slots, skew, generator).unique().numel()
+
+
 def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     """x (T, H), ids and gates (T, K), gate_up (E, 2 I, H) and down (E, H, I)."""
     generator = torch.Generator(device).manual_seed(0)
@@ -57,10 +72,7 @@ def make_inputs(case: dict, dtype: torch.dtype, device: str) -> dict[str, torch.
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device)
 
-    logits = normal(case["T"], case["E"])
-    if case.get("skew"):
-        logits[: int(case["skew"] * case["T"]), 0] += 100
-    ids = logits.topk(case["K"], dim=-1).indices
+    ids = _ids(case["T"], case["E"], case["K"], case.get("skew"), generator)
     weights = [
         _packed(*shape, seed)[1].to(device)
         if case.get("format")
@@ -87,8 +99,10 @@ def work(case: dict, itemsize: int, mode: str) -> tuple[float, float]:
     """Operations: three products of each slot with its expert, in the backward once more for the
     inputs and once more for trained weights. Bytes: the weights of experts that have tokens, and x
     and y, once, and in the backward again with their gradients."""
-    slots = case["T"] * case["K"]
-    active = min(case["E"], slots)
+    slots, active = (
+        case["T"] * case["K"],
+        _active(case["T"], case["E"], case["K"], case.get("skew")),
+    )
     trained = "gate_up" in case.get("gradients", GRADIENTS)
     passes = 1 if mode == "fwd" else 3 if trained else 2
     bits = 4.5 if case.get("format") else 8 * itemsize

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "packed.h"
 
@@ -11,12 +12,31 @@ namespace py = pybind11;
 
 namespace {
 
-tw::Gate gate_of(const std::string& name) {
-  if (name == "swiglu") return tw::Gate::swiglu;
-  if (name == "geglu") return tw::Gate::geglu;
-  if (name == "geglu_tanh") return tw::Gate::geglu_tanh;
-  if (name == "clamped_swiglu") return tw::Gate::clamped_swiglu;
-  tw::fail_check("moe_mlp: activation ", name, ", need swiglu, geglu, geglu_tanh or clamped_swiglu");
+// silu and its like have no ups: gates alone
+void set_activation(tw::MoeCall& call, const std::string& name, bool alternating) {
+  static const std::pair<const char*, tw::Gate> kGated[] = {{"swiglu", tw::Gate::swiglu},
+                                                            {"geglu", tw::Gate::geglu},
+                                                            {"geglu_tanh", tw::Gate::geglu_tanh},
+                                                            {"clamped_swiglu", tw::Gate::clamped_swiglu},
+                                                            {"reglu", tw::Gate::reglu}};
+  static const std::pair<const char*, tw::Gate> kAlone[] = {{"silu", tw::Gate::swiglu},
+                                                            {"gelu", tw::Gate::geglu},
+                                                            {"gelu_tanh", tw::Gate::geglu_tanh},
+                                                            {"relu", tw::Gate::reglu}};
+  for (const auto& [known, gate] : kGated)
+    if (name == known) {
+      call.gate = gate;
+      call.layout = alternating ? tw::Layout::alternating : tw::Layout::halves;
+      return;
+    }
+  for (const auto& [known, gate] : kAlone)
+    if (name == known && !alternating) {
+      call.gate = gate;
+      call.layout = tw::Layout::alone;
+      return;
+    }
+  tw::fail_check("moe_mlp: activation ", name, alternating ? " interleaved" : "",
+                 ", which is not known here");
 }
 
 tw::Rows rows_of(const py::tuple& t) { return {pointer<void>(t[0]), t[1].cast<int64_t>()}; }
@@ -47,10 +67,9 @@ tw::MoeCall call_of(const std::string& dtype, const py::tuple& extents, const py
   TW_CHECK(call.tokens >= 0 && call.slots >= 0 && call.experts >= 0 && call.features >= 0 && call.width >= 0,
            "moe_mlp: negative extent");
   TW_CHECK(threads >= 1, "moe_mlp: threads is ", threads, ", need at least 1");
-  call.gate = gate_of(rule[0].cast<std::string>());
+  set_activation(call, rule[0].cast<std::string>(), rule[3].cast<bool>());
   call.alpha = rule[1].cast<float>();
   call.limit = rule[2].cast<float>();
-  call.interleaved = rule[3].cast<bool>();
   call.transposed = rule[4].cast<bool>();
   call.scale_input = rule[5].cast<bool>();
   call.x = rows_of(x);
@@ -114,9 +133,75 @@ void backward(const py::tuple& dy, const py::tuple& dx, const py::tuple& gradien
   expect_memory(tw::moe_backward(call));
 }
 
+// starts, and index if there is one, are followed without looking
+void check_rows(const char* name, int64_t experts, const int64_t* starts, int64_t n_rows, int64_t n_from,
+                const int32_t* index) {
+  TW_CHECK(starts && starts[0] == 0 && starts[experts] <= n_rows, name,
+           ": starts do not begin with 0 or end past ", n_rows, " rows");
+  for (int64_t e = 0; e < experts; ++e)
+    TW_CHECK(starts[e] <= starts[e + 1], name, ": starts[", e, "] is ", starts[e],
+             ", which is more than the next");
+  TW_CHECK(index || starts[experts] <= n_from, name, ": ", starts[experts], " rows of ", n_from);
+  for (int64_t r = 0; index && r < starts[experts]; ++r)
+    TW_CHECK(index[r] >= 0 && index[r] < n_from, name, ": index[", r, "] is ", index[r], ", need 0 to ",
+             n_from - 1);
+}
+
+// (pointer, row stride, number of rows, index or 0), checked
+tw::IndexedRows indexed_rows_of(const char* name, const py::tuple& t, int64_t experts, const int64_t* starts,
+                                int64_t n_rows) {
+  const tw::IndexedRows from = {rows_of(t), pointer<int32_t>(t[3])};
+  check_rows(name, experts, starts, n_rows, t[2].cast<int64_t>(), from.index);
+  return from;
+}
+
+// dtype, (E, n_out, n_in, rows), starts, from, weight (pointer, expert stride, row stride), transposed, to
+void grouped(const std::string& dtype, const py::tuple& extents, int64_t starts, const py::tuple& from,
+             const py::tuple& weight, bool transposed, const py::tuple& to, int threads) {
+  const char* name = "moe_grouped";
+  tw::GroupedCall call = {};
+  call.dtype = dtype_of(name, dtype);
+  call.experts = extents[0].cast<int64_t>();
+  call.n_out = extents[1].cast<int64_t>();
+  call.n_in = extents[2].cast<int64_t>();
+  TW_CHECK(call.experts >= 0 && call.n_out >= 0 && call.n_in >= 0, name, ": negative extent");
+  TW_CHECK(threads >= 1, name, ": threads is ", threads, ", need at least 1");
+  call.starts = reinterpret_cast<const int64_t*>(starts);
+  call.from = indexed_rows_of(name, from, call.experts, call.starts, extents[3].cast<int64_t>());
+  call.weight = {pointer<void>(weight[0]), weight[2].cast<int64_t>()};
+  call.weight_expert = weight[1].cast<int64_t>();
+  call.transposed = transposed;
+  call.to = rows_of(to);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  expect_memory(tw::moe_grouped(call));
+}
+
+// dtype, (E, n_left, n_right, rows), starts, left, right, to
+void outer(const std::string& dtype, const py::tuple& extents, int64_t starts, const py::tuple& left,
+           const py::tuple& right, int64_t to, int threads) {
+  const char* name = "moe_outer";
+  tw::OuterCall call = {};
+  call.dtype = dtype_of(name, dtype);
+  call.experts = extents[0].cast<int64_t>();
+  call.n_left = extents[1].cast<int64_t>();
+  call.n_right = extents[2].cast<int64_t>();
+  TW_CHECK(call.experts >= 0 && call.n_left >= 0 && call.n_right >= 0, name, ": negative extent");
+  TW_CHECK(threads >= 1, name, ": threads is ", threads, ", need at least 1");
+  call.starts = reinterpret_cast<const int64_t*>(starts);
+  call.left = indexed_rows_of(name, left, call.experts, call.starts, extents[3].cast<int64_t>());
+  call.right = indexed_rows_of(name, right, call.experts, call.starts, extents[3].cast<int64_t>());
+  call.to = reinterpret_cast<void*>(to);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  expect_memory(tw::moe_outer(call));
+}
+
 }  // namespace
 
 void register_moe(py::module_& m) {
   m.def("moe_forward", &forward);
   m.def("moe_backward", &backward);
+  m.def("moe_grouped", &grouped);
+  m.def("moe_outer", &outer);
 }

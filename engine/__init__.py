@@ -116,6 +116,7 @@ from tilewright.plug_in import register_when_imported
 from tilewright.quantized import QuantizedLinear, dequantize, quantize
 from tilewright.train import finetune
 from tilewright.upcycle import moe_upcycle
+from tilewright.upcycle_encoder import moe_upcycle_encoder, route_to
 
 __version__ = "0.1.0"
 
@@ -202,6 +203,7 @@ __all__ = [
     "moe_mlp",
     "moe_mlp_parallel",
     "moe_upcycle",
+    "moe_upcycle_encoder",
     "multi_lora_linear",
     "mutual_information_loss",
     "orpo_loss",
@@ -222,6 +224,7 @@ __all__ = [
     "rope",
     "route_by_threshold",
     "route_examples",
+    "route_to",
     "route_tokens",
     "route_types",
     "router_logits",

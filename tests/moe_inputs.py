@@ -14,6 +14,7 @@ from yardstick import assert_errs_at_most_twice_stock
 
 from tilewright import ops
 from tilewright.ops.moe import reference
+from tilewright.ops.moe.problem import ALONE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENTS = ("x", "gates", "gate_up", "down", "gate_up_bias", "down_bias")
@@ -80,7 +81,8 @@ def make_inputs(case: Case, dtype) -> dict:
         return (size * torch.randn(shape, generator=generator)).to(dtype)
 
     e, h, i = case.experts, case.features, case.width
-    gate_up = normal(e, 2 * i, h, size=h**-0.5)
+    lines = i if case.activation in ALONE else 2 * i
+    gate_up = normal(e, lines, h, size=h**-0.5)
     down = normal(e, h, i, size=i**-0.5)
     if case.transposed:
         gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
@@ -92,7 +94,7 @@ def make_inputs(case: Case, dtype) -> dict:
         down=down, dy=normal(case.tokens, h),
     )  # fmt: skip
     if case.bias:
-        inputs["gate_up_bias"] = normal(e, 2 * i, size=0.5)
+        inputs["gate_up_bias"] = normal(e, lines, size=0.5)
         inputs["down_bias"] = normal(e, h, size=0.5)
     return inputs
 
@@ -123,12 +125,17 @@ def loop(
             row = (row * gate).to(x.dtype)
         z = F.linear(row, gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
         z = z + low_rank(row, gate_up_lora, e, case.experts)
-        gate_z, up = (z[:, 0::2], z[:, 1::2]) if case.interleaved else z.chunk(2, dim=1)
-        if case.activation == "swiglu":
+        if case.activation in ALONE:
+            gate_z, up = z, 1
+        else:
+            gate_z, up = (z[:, 0::2], z[:, 1::2]) if case.interleaved else z.chunk(2, dim=1)
+        if case.activation in ("swiglu", "silu"):
             a = F.silu(gate_z) * up
-        elif case.activation == "geglu":
+        elif case.activation in ("reglu", "relu"):
+            a = F.relu(gate_z) * up
+        elif case.activation in ("geglu", "gelu"):
             a = F.gelu(gate_z) * up
-        elif case.activation == "geglu_tanh":
+        elif case.activation in ("geglu_tanh", "gelu_tanh"):
             a = F.gelu(gate_z, approximate="tanh") * up
         else:
             gate_z, up = gate_z.clamp(max=1.5), up.clamp(-1.5, 1.5)

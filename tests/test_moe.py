@@ -41,6 +41,11 @@ RULES = {
     ),
     "scaled-input": PLAIN.but(scale_input=True, bias=True),
     "scaled-input-decode": PLAIN.but(scale_input=True, bias=True, tokens=12, slots=1, experts=24),
+    "reglu": PLAIN.but(activation="reglu", bias=True),
+    "gelu-alone": Case(60, 2, 3, 72, 330, activation="gelu", bias=True),
+    "gelu-tanh-alone-transposed": PLAIN.but(activation="gelu_tanh", transposed=True, bias=True),
+    "silu-alone-scaled-input": PLAIN.but(activation="silu", scale_input=True),
+    "relu-alone-decode": PLAIN.but(activation="relu", bias=True, tokens=12, slots=1, experts=24),
     "int32-ids-bf16-gates": PLAIN.but(ids_dtype=torch.int32, gates_dtype=torch.bfloat16),
 }
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

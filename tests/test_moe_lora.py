@@ -13,7 +13,8 @@ from yardstick import assert_errs_at_most_twice_stock
 
 from tilewright import ExpertsLora, ops
 from tilewright.ops.common.packed import decode
-from tilewright.ops.moe import api, op
+from tilewright.ops.moe import api, cpp_cpu, op
+from tilewright.ops.moe.problem import ALONE
 
 PLAIN = Case(37, 2, 5, 48, 32)
 CASES = {
@@ -28,6 +29,8 @@ CASES = {
     "scaled-input": PLAIN.but(scale_input=True, bias=True, activation="geglu_tanh"),
     "nowhere": PLAIN.but(routing="nowhere", slots=3),
     "sparse": PLAIN.but(routing="sparse", experts=12),
+    "more-rows-than-an-item": Case(700, 2, 3, 33, 20),
+    "without-a-gate": PLAIN.but(activation="gelu", bias=True),
 }
 WEIGHTS = ("gate_up", "down")
 TRAINED = ("x", "gates", "up_a", "up_b", "down_a", "down_b")
@@ -38,9 +41,8 @@ def with_updates(case: Case, dtype, rank=4, kind=None, which=WEIGHTS, seed=1):
     """The inputs of a call, and a and b of its updates, flat, in dtype or `kind`."""
     inputs = make_inputs(case, dtype)
     generator = torch.Generator().manual_seed(seed)
-    extents = dict(
-        gate_up=(case.features, 2 * case.width, rank), down=(case.width, case.features, rank + 1)
-    )
+    lines = case.width if case.activation in ALONE else 2 * case.width
+    extents = dict(gate_up=(case.features, lines, rank), down=(case.width, case.features, rank + 1))
     for name in which:
         n_in, n_out, r = extents[name]
         short = {"gate_up": "up", "down": "down"}[name]
@@ -198,6 +200,81 @@ def test_peft_means_the_same():
     torch.testing.assert_close(got, need, rtol=1e-4, atol=1e-4)
 
 
+# --- the products that updates are made of ---
+
+SPANS = {
+    "uneven": ([0, 3, 3, 40, 41, 90], 90),
+    "nowhere-at-the-end": ([0, 10, 700], 720),
+    "no-rows": ([0, 0, 0], 0),
+}
+
+
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_in, n_out", [(1, 1), (97, 5), (5, 330), (600, 16)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_grouped_products_and_sums_of_outer_ones(spans, dtype, n_in, n_out, turned):
+    edges, n_rows = spans
+    starts, experts = torch.tensor(edges), len(edges) - 1
+    generator = torch.Generator().manual_seed(n_in + n_out)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tokens, others = normal(50, n_in), normal(n_rows, n_out)
+    index = torch.randint(0, 50, (n_rows,), generator=generator, dtype=torch.int32)
+    weight = normal(experts, n_in, n_out).mT if turned else normal(experts, n_out, n_in)
+    given = tokens[index.long()], others, weight
+    stock = by_expert(*given, edges)
+    truth = by_expert(*(t.double() for t in given), edges)
+    terms = by_expert(*(t.double().abs() for t in given), edges)
+    for rows, at in ((tokens, index), (given[0], None)):
+        product = cpp_cpu.grouped(rows, at, weight, starts)
+        assert not product[edges[-1] :].any()
+        sums = cpp_cpu.outer(rows, at, others, None, starts)
+        turned_sums = cpp_cpu.outer(others, None, rows, at, starts).mT
+        for n, got in ((0, product), (1, sums), (1, turned_sums)):
+            assert_errs_at_most_twice_stock(str(n), got, stock[n], truth[n], terms[n])
+
+
+def by_expert(rows, others, weight, edges):
+    """The rows of each expert times its matrix, and the sum of their outer products."""
+    product = rows.new_zeros(rows.shape[0], weight.shape[1])
+    sums = rows.new_zeros(weight.shape[0], rows.shape[1], others.shape[1])
+    for e in range(weight.shape[0]):
+        part = slice(edges[e], edges[e + 1])
+        product[part] = rows[part] @ weight[e].T
+        sums[e] = rows[part].T @ others[part]
+    return product, sums
+
+
+def test_the_number_of_calls_does_not_grow_with_the_experts():
+    counts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return function(*args, **(kwargs or {}))
+
+    for experts in (3, 24):
+        case = PLAIN.but(experts=experts)
+        counts.append(0)
+        both_ways_directly(case, with_updates(case, torch.float32), "cpp_cpu", Count())
+    assert counts[0] == counts[1] > 20
+
+
+def test_threads_change_no_bit_of_an_update():
+    before, results = torch.get_num_threads(), []
+    inputs = with_updates(CASES["more-rows-than-an-item"], torch.bfloat16)
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(both_ways(lambda **c: ops.moe_mlp(**c, impl="cpp_cpu"), inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(bitwise(r[n], results[0][n]) for r in results for n in r)
+
+
 def test_experts_without_tokens_get_exactly_zero(impl_once):
     case = CASES["sparse"]
     inputs = with_updates(case, torch.float32)
@@ -219,6 +296,17 @@ def test_no_tokens_and_one(tokens, impl_once):
         assert got[n].shape == inputs[n].shape and got[n].any() == bool(tokens)
 
 
+def both_ways_directly(case, inputs, impl, watch):
+    """Forward and backward under a dispatch mode, which sees into our operators."""
+    call = grouped({n: t for n, t in inputs.items() if n != "dy"})
+    problem, x, ids, gates, o = api._describe(**call, **case.rule)
+    wants = [True, True, *[False] * 4, *[True] * 4]
+    with watch:
+        _, *saved = op._run_forward(x, ids, gates, True, o, problem, impl)
+        rest = op.rest(problem, impl)
+        op._backward(inputs["dy"], x, gates, *saved, wants, *o, *rest)
+
+
 def test_no_tensor_as_large_as_the_experts_is_made(kernel_once):
     """Neither W + B A nor its gradient."""
     sizes = []
@@ -234,13 +322,7 @@ def test_no_tensor_as_large_as_the_experts_is_made(kernel_once):
     case = Case(8, 1, 16, 64, 64)
     inputs = with_updates(case, torch.float32, rank=2)
     inputs = {n: t.to(kernel_once.device) for n, t in inputs.items()}
-    call = grouped({n: t for n, t in inputs.items() if n != "dy"})
-    problem, x, ids, gates, o = api._describe(**call, **case.rule)
-    wants = [True, True, *[False] * 4, *[True] * 4]
-    with Watch():
-        _, *saved = op._run_forward(x, ids, gates, True, o, problem, kernel_once.name)
-        rest = op.rest(problem, kernel_once.name)
-        op._backward(inputs["dy"], x, gates, *saved, wants, *o, *rest)
+    both_ways_directly(case, inputs, kernel_once.name, Watch())
     assert sizes and max(sizes) < inputs["down"].numel() / 2
 
 

@@ -146,7 +146,12 @@ WRONG = {
     "other-experts": (dict(down=torch.zeros(4, 16, 16)), "down has shape .* need E = 3"),
     "short-bias": (dict(gate_up_bias=torch.zeros(3, 16)), r"gate_up_bias .* need \(3, 32\)"),
     "flat-bias": (dict(down_bias=torch.zeros(48)), r"down_bias has shape \(48,\), need \(3, 16\)"),
-    "activation": (dict(activation="relu"), "no activation 'relu'. Known: swiglu, geglu"),
+    "activation": (dict(activation="mish"), "no activation 'mish'. Known: swiglu, geglu"),
+    "interleaved-alone": (
+        dict(activation="gelu", interleaved=True),
+        "interleaved is for experts with a gate, activation gelu",
+    ),
+    "gate-of-none": (dict(activation="gelu"), "down has shape .* need I = 32 as in gate_up"),
     "limit": (
         dict(activation="clamped_swiglu", limit=0.0),
         "alpha is 1.702 and limit 0.0, need",

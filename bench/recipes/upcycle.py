@@ -32,8 +32,8 @@ from tilewright.train import Trainer, mean_loss
 
 EXPERTS, TOP_K = 4, 2
 BALANCE = 0.01  # weight of the balance loss of transformers' Mixtral beside the text's
-BASE = Sizes(text_bytes=1_500_000, held_out_bytes=300_000, context=512, rows=2, most_steps=300)
-MEASURED = 12  # times that the held-out text is looked at
+BASE = Sizes(text_bytes=1_500_000, held_out_bytes=300_000, context=512, rows=2, most_steps=120)
+MEASURED = 10  # times that the held-out text is looked at
 
 
 @dataclass

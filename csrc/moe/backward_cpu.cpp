@@ -14,14 +14,14 @@ template <class T, class C>
 struct Backward {
   const MoeBackwardCall& call;
   const MoeCall& f = call.forward;
-  const Weight<T, C> up{f.up, f.experts, 2 * f.width, f.features, f.transposed};
+  const Weight<T, C> up{f.up, f.experts, lines_of(f), f.features, f.transposed};
   const Weight<T, C> down{f.down, f.experts, f.features, f.width, f.transposed};
   const bool keeps_dz = call.dup || call.dup_bias;
   const bool wants_row_dx = call.dx.data || (call.dgates && f.scale_input);
   const int64_t rows = f.starts[f.experts];
   const int64_t a_panels = (f.width + kPanelLanes - 1) / kPanelLanes;
   const int64_t x_panels = (f.features + kPanelLanes - 1) / kPanelLanes;
-  LeftRows<C> dy{f.features}, dz{2 * f.width}, a{f.width};
+  LeftRows<C> dy{f.features}, dz{lines_of(f)}, a{f.width};
   T* dx_rows;   // (rows, H)
   float* dots;  // (panel, row): parts of the gates' gradients
 
@@ -48,23 +48,23 @@ struct Backward {
                     int64_t lanes) const {
     const int64_t at = place(row, of_pass);
     for (int r = 0; r < n_rows; ++r) {
-      const T* z = static_cast<const T*>(f.z) + (row + r) * 2 * f.width;
+      const T* z = static_cast<const T*>(f.z) + (row + r) * lines_of(f);
       const vf by = set1(f.scale_input ? 1.0f : gate_of(f, row + r));
       const T* update = static_cast<const T*>(call.da_update);
       if (update) update += (row + r) * f.width + i0;
       T* to = static_cast<T*>(call.dz);
-      if (to) to += (row + r) * 2 * f.width;
+      if (to) to += (row + r) * lines_of(f);
       vf dot = zero();
       for (int64_t n = 0; n < lanes; n += W) {
         const int some = static_cast<int>(least(W, lanes - n));
-        const GateAndUp pair = load_pair(z, i0 + n, f.width, some, f.interleaved);
+        const GateAndUp pair = load_pair(z, i0 + n, f.width, some, f.layout);
         const Gated v = gated<GATE>(pair.gate, pair.up, f.alpha, f.limit);
         vf da = load_n(sums + r * kSumsRow + n, some);
         if (update) da = add(da, load_n(update + n, some));
         const vf scaled = mul(da, by), by_gate = mul(scaled, v.by_gate), by_up = mul(scaled, v.by_up);
         dot = fma(da, v.a, dot);
-        store_pair(dz.at(at + r), i0 + n, f.width, some, f.interleaved, by_gate, by_up);
-        if (to) store_pair(to, i0 + n, f.width, some, f.interleaved, by_gate, by_up);
+        store_pair(dz.at(at + r), i0 + n, f.width, some, f.layout, by_gate, by_up);
+        if (to) store_pair(to, i0 + n, f.width, some, f.layout, by_gate, by_up);
         if (a.data) store_n(a.at(row + r) + i0 + n, mul(v.a, by), some);
       }
       if (i0 + lanes == f.width) dz.pad(at + r);
@@ -114,25 +114,6 @@ struct Backward {
   }
 };
 
-// One gradient of a weight: (E, M, N), contiguous.
-template <class T, class C>
-struct WeightGradient {
-  T* to;
-  Source<T, C> left, right;
-  int64_t m, n;
-
-  int64_t tiles() const {
-    return (m + kPanelLanes - 1) / kPanelLanes * ((n + kPanelLanes - 1) / kPanelLanes);
-  }
-  void tile(int64_t e, int64_t index, const OuterScratch<C>& scratch) const {
-    const int64_t across = (n + kPanelLanes - 1) / kPanelLanes;
-    const int64_t m0 = index / across * kPanelLanes, n0 = index % across * kPanelLanes;
-    outer_product(to + (e * m + m0) * n + n0, n, left, right, left.call.starts[e], left.call.starts[e + 1],
-                  m0, static_cast<int>(least(kPanelLanes, m - m0)), n0,
-                  static_cast<int>(least(kPanelLanes, n - n0)), scratch);
-  }
-};
-
 template <class T>
 bool backward(const MoeBackwardCall& call) {
   using C = typename ComputeType<T>::type;
@@ -169,10 +150,10 @@ bool backward(const MoeBackwardCall& call) {
   const Source<T, C> x{f, nullptr, f.x, f.scale_input}, dy{f, nullptr, call.dy, false};
   const Source<T, C> scaled_dy{f, nullptr, call.dy, !f.scale_input};
   const Source<T, C> dz{f, &b.dz, {}, false}, a{f, &b.a, {}, false};
-  using Gradient = WeightGradient<T, C>;
+  using Gradient = OuterSums<T, C>;
   T *const to_up = static_cast<T*>(call.dup), *const to_down = static_cast<T*>(call.ddown);
-  const Gradient dup = f.transposed ? Gradient{to_up, x, dz, f.features, 2 * f.width}
-                                    : Gradient{to_up, dz, x, 2 * f.width, f.features};
+  const Gradient dup = f.transposed ? Gradient{to_up, x, dz, f.features, lines_of(f)}
+                                    : Gradient{to_up, dz, x, lines_of(f), f.features};
   const Gradient ddown = f.transposed ? Gradient{to_down, a, dy, f.width, f.features}
                                       : Gradient{to_down, dy, a, f.features, f.width};
   int64_t blocks_taken = 0, gated_taken = 0, x_taken = 0, dup_taken = 0, ddown_taken = 0;
@@ -211,7 +192,7 @@ bool backward(const MoeBackwardCall& call) {
       dup.tile(item / dup.tiles(), item % dup.tiles(), outer);
     for (int64_t item; call.ddown && (item = take_next(&ddown_taken)) < f.experts * ddown.tiles();)
       ddown.tile(item / ddown.tiles(), item % ddown.tiles(), outer);
-    if (call.dup_bias) column_sums(call.dup_bias, dz, 2 * f.width, &up_sums_taken, outer.copied);
+    if (call.dup_bias) column_sums(call.dup_bias, dz, lines_of(f), &up_sums_taken, outer.copied);
     if (call.ddown_bias) column_sums(call.ddown_bias, scaled_dy, f.features, &down_sums_taken, outer.copied);
   });
   give_workspace(workspace);

@@ -16,7 +16,7 @@ namespace {
 // At most so many rows of one expert that an item multiplies by a panel, and rows whose left side is packed
 // at once, for each thread.
 constexpr int64_t kRowsOfGroup = kTokensOfItem, kRowsAtOnce = 1024;
-constexpr int kHalf = kPanelLanes / 2;  // lanes of a panel for gates, as many for ups
+constexpr int kHalf = kPanelLanes / 2;  // lanes of a panel for gates, as many for ups if there are any
 
 struct Group {
   int64_t expert, begin, end;  // rows
@@ -42,11 +42,24 @@ inline int64_t end_of_pass(const Group* groups, int64_t n, int64_t from, int64_t
   return to;
 }
 
-inline int64_t token_of(const MoeCall& call, int64_t row) { return call.order[row] / call.slots; }
+inline int64_t token_of(const MoeCall& call, int64_t row) {
+  return call.order ? call.order[row] / call.slots : row;
+}
 inline float gate_of(const MoeCall& call, int64_t row) { return call.gates[call.order[row]]; }
 template <class T>
 inline const T* update_of(const MoeCall& call, int64_t row) {
-  return call.z_update ? static_cast<const T*>(call.z_update) + row * 2 * call.width : nullptr;
+  return call.z_update ? static_cast<const T*>(call.z_update) + row * lines_of(call) : nullptr;
+}
+
+// The rows of experts as a call that has nothing else: enough for groups of rows and for gathering.
+inline MoeCall rows_alone(int64_t experts, const int64_t* starts, const IndexedRows& from) {
+  MoeCall call = {};
+  call.experts = experts;
+  call.slots = 1;
+  call.starts = starts;
+  call.order = from.index;
+  call.x = from.rows;
+  return call;
 }
 
 // --- left sides: rows that are `row` elements apart, zeros from their depth up to what products read ---

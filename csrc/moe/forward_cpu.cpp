@@ -8,21 +8,26 @@ namespace {
 template <class T, class C>
 struct Forward {
   const MoeCall& call;
-  const Weight<T, C> up{call.up, call.experts, 2 * call.width, call.features, call.transposed};
+  const Weight<T, C> up{call.up, call.experts, lines_of(call), call.features, call.transposed};
   const Weight<T, C> down{call.down, call.experts, call.features, call.width, call.transposed};
   LeftRows<C> x{call.features}, a{call.width};
   T* out;  // (rows, H)
 
+  int64_t gates_of_panel() const { return call.layout == Layout::alone ? kPanelLanes : kHalf; }
+
   // Gates and ups [i0, i0 + lanes) of a group, whose first row is row `first` of x and a.
   void gated_panel(const Group& g, int64_t first, int64_t i0, const ProductScratch<C>& scratch) const {
-    const int64_t lanes = least(kHalf, call.width - i0);
-    const int half = strips_of<C>(lanes);
-    const int strips = call.interleaved ? strips_of<C>(2 * lanes) : kHalf / kStrip<C> + half;
+    const int64_t lanes = least(gates_of_panel(), call.width - i0);
+    const int gates = strips_of<C>(lanes);
+    const int strips = call.layout == Layout::alternating ? strips_of<C>(2 * lanes)
+                       : call.layout == Layout::halves    ? kHalf / kStrip<C> + gates
+                                                          : gates;
     const auto build = [&](const PanelRoom<C>& room, int64_t k0, int k) {
-      if (call.interleaved) return up.outputs(room, g.expert, 2 * i0, strips, k0, k);
-      up.outputs(room, g.expert, i0, half, k0, k);
+      if (call.layout == Layout::alternating) return up.outputs(room, g.expert, 2 * i0, strips, k0, k);
+      up.outputs(room, g.expert, i0, gates, k0, k);
+      if (call.layout == Layout::alone) return;
       const PanelRoom<C> second{room.strip(kHalf / kStrip<C>), room.strip_elements, room.staged};
-      up.outputs(second, g.expert, call.width + i0, half, k0, k);
+      up.outputs(second, g.expert, call.width + i0, gates, k0, k);
     };
     group_product(
         x, first, g.end - g.begin, strips, scratch, build, [&](const float* sums, int64_t r, int rows) {
@@ -35,22 +40,16 @@ struct Forward {
   template <Gate GATE>
   void finish_gated(const float* sums, int64_t e, int64_t row, int64_t of_pass, int rows, int64_t i0,
                     int64_t lanes) const {
-    const float* bias = call.up_bias ? call.up_bias + e * 2 * call.width : nullptr;
+    const float* bias = call.up_bias ? call.up_bias + e * lines_of(call) : nullptr;
     for (int r = 0; r < rows; ++r) {
-      T* z = call.z ? static_cast<T*>(call.z) + (row + r) * 2 * call.width : nullptr;
+      T* z = call.z ? static_cast<T*>(call.z) + (row + r) * lines_of(call) : nullptr;
       const T* update = update_of<T>(call, row + r);
       for (int64_t n = 0; n < lanes; n += W) {
         const int some = static_cast<int>(least(W, lanes - n));
-        GateAndUp pair = load_pair(sums + r * kSumsRow, n, kHalf, some, call.interleaved);
-        if (bias) {
-          const GateAndUp b = load_pair(bias, i0 + n, call.width, some, call.interleaved);
-          pair = {add(pair.gate, b.gate), add(pair.up, b.up)};
-        }
-        if (update) {
-          const GateAndUp u = load_pair(update, i0 + n, call.width, some, call.interleaved);
-          pair = {add(pair.gate, u.gate), add(pair.up, u.up)};
-        }
-        if (z) store_pair(z, i0 + n, call.width, some, call.interleaved, pair.gate, pair.up);
+        GateAndUp pair = load_pair(sums + r * kSumsRow, n, kHalf, some, call.layout);
+        if (bias) pair = plus_pair(pair, bias, i0 + n, call.width, some, call.layout);
+        if (update) pair = plus_pair(pair, update, i0 + n, call.width, some, call.layout);
+        if (z) store_pair(z, i0 + n, call.width, some, call.layout, pair.gate, pair.up);
         store_n(a.at(of_pass + r) + i0 + n, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);
       }
       if (i0 + lanes == call.width) a.pad(of_pass + r);
@@ -108,7 +107,7 @@ bool forward(const MoeCall& call) {
   list_groups(call, groups);
   invert(call, row_of);
 
-  const int64_t up_panels = (call.width + kHalf - 1) / kHalf;
+  const int64_t up_panels = (call.width + f.gates_of_panel() - 1) / f.gates_of_panel();
   const int64_t down_panels = (call.features + kPanelLanes - 1) / kPanelLanes;
   int64_t blocks_taken = 0, ups_taken = 0, downs_taken = 0;
   run_team(threads, [&](const Team& team) {
@@ -122,7 +121,7 @@ bool forward(const MoeCall& call) {
       team.barrier();
       for (int64_t item; (item = take_next(&ups_taken)) < (to - from) * up_panels;) {
         const Group& g = groups[from + item / up_panels];
-        f.gated_panel(g, g.begin - begin, item % up_panels * kHalf, scratch);
+        f.gated_panel(g, g.begin - begin, item % up_panels * f.gates_of_panel(), scratch);
       }
       team.barrier();
       for (int64_t item; (item = take_next(&downs_taken)) < (to - from) * down_panels;) {

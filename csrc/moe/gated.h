@@ -56,6 +56,9 @@ inline Gated gated(vf gate, vf up, float alpha, float limit) {
     const vf slope =
         fma(mul(half, mul(one_more, sub(set1(1.0f), t))), slope_of_inner, mul(set1(0.5f), one_more));
     return {mul(act, up), mul(up, slope), act};
+  } else if constexpr (GATE == Gate::reglu) {
+    const vf act = select(lt(gate, zero()), zero(), gate);  // a NaN stays
+    return {mul(act, up), select(lt(zero(), gate), up, zero()), act};
   } else {
     const vf most = set1(limit), least = set1(-limit);
     // comparisons in this order keep a NaN
@@ -82,19 +85,22 @@ inline void by_gate(Gate gate, const F& f) {
       return f(GateOf<Gate::geglu>{});
     case Gate::geglu_tanh:
       return f(GateOf<Gate::geglu_tanh>{});
+    case Gate::reglu:
+      return f(GateOf<Gate::reglu>{});
     default:
       return f(GateOf<Gate::clamped_swiglu>{});
   }
 }
 
-// Gates and ups of W neighbours from `at` on in a row of 2 I values.
+// Gates and ups of W neighbours from `at` on in a row of lines.
 struct GateAndUp {
   vf gate, up;
 };
 
 template <class T>
-inline GateAndUp load_pair(const T* row, int64_t at, int64_t width, int some, bool interleaved) {
-  if (!interleaved) {
+inline GateAndUp load_pair(const T* row, int64_t at, int64_t width, int some, Layout layout) {
+  if (layout == Layout::alone) return {load_n(row + at, some), set1(1.0f)};
+  if (layout == Layout::halves) {
     if (some == W) return {load(row + at), load(row + width + at)};
     return {load_n(row + at, some), load_n(row + width + at, some)};
   }
@@ -106,11 +112,18 @@ inline GateAndUp load_pair(const T* row, int64_t at, int64_t width, int some, bo
   return {load(gate), load(up)};
 }
 
+// What is added to a pair: to the gate only, where it is alone.
 template <class T>
-inline void store_pair(T* row, int64_t at, int64_t width, int some, bool interleaved, vf gate, vf up) {
-  if (!interleaved) {
+inline GateAndUp plus_pair(GateAndUp pair, const T* row, int64_t at, int64_t width, int some, Layout layout) {
+  const GateAndUp more = load_pair(row, at, width, some, layout);
+  return {add(pair.gate, more.gate), layout == Layout::alone ? pair.up : add(pair.up, more.up)};
+}
+
+template <class T>
+inline void store_pair(T* row, int64_t at, int64_t width, int some, Layout layout, vf gate, vf up) {
+  if (layout != Layout::alternating) {
     store_n(row + at, gate, some);
-    store_n(row + width + at, up, some);
+    if (layout == Layout::halves) store_n(row + width + at, up, some);
     return;
   }
   float gates[W], ups[W];

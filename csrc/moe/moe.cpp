@@ -28,5 +28,7 @@ bool moe_forward(const MoeCall& call) {
 bool moe_backward(const MoeBackwardCall& call) {
   TW_AT_LEVEL(isa_for(call.forward.dtype), moe_backward, call)
 }
+bool moe_grouped(const GroupedCall& call) { TW_AT_LEVEL(isa_for(call.dtype), moe_grouped, call) }
+bool moe_outer(const OuterCall& call) { TW_AT_LEVEL(isa_for(call.dtype), moe_outer, call) }
 
 }  // namespace tw

@@ -111,6 +111,25 @@ inline void outer_product(T* to, int64_t ld, const Source<T, C>& left, const Sou
   for (int i = 0; begin == end && i < m; ++i) fill_zero(to + i * ld, n);
 }
 
+// One sum of outer products for each expert: (E, M, N), contiguous.
+template <class T, class C>
+struct OuterSums {
+  T* to;
+  Source<T, C> left, right;
+  int64_t m, n;
+
+  int64_t tiles() const {
+    return (m + kPanelLanes - 1) / kPanelLanes * ((n + kPanelLanes - 1) / kPanelLanes);
+  }
+  void tile(int64_t e, int64_t index, const OuterScratch<C>& scratch) const {
+    const int64_t across = (n + kPanelLanes - 1) / kPanelLanes;
+    const int64_t m0 = index / across * kPanelLanes, n0 = index % across * kPanelLanes;
+    outer_product(to + (e * m + m0) * n + n0, n, left, right, left.call.starts[e], left.call.starts[e + 1],
+                  m0, static_cast<int>(least(kPanelLanes, m - m0)), n0,
+                  static_cast<int>(least(kPanelLanes, n - n0)), scratch);
+  }
+};
+
 // to[e][j] = sum over the rows of expert e of from[row][j]
 template <class T, class C>
 inline void column_sums(float* to, const Source<T, C>& from, int64_t width, int64_t* taken, C* copied) {

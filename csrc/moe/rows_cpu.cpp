@@ -11,13 +11,16 @@ constexpr int64_t kRowUnit = 64;  // elements that rows are padded to: whole lin
 constexpr int kDots = 4;          // rows of a weight that are read side by side
 constexpr int kStep = 64;         // outputs that a thread takes at once: whole blocks of lines
 constexpr int kVectorsOfStep = kStep / W;
-constexpr int kFarAhead = 16;  // rows of prefetching where a step reads pieces of them
+constexpr int kFarAhead = 16;          // rows of prefetching where a step reads pieces of them
+constexpr int64_t kBytesAhead = 2048;  // of prefetching along a row block of lines
 
-// Rows of one expert: values `ld` apart, zeros past the depth; results `to_ld` apart.
+// Rows of one expert: values `ld` apart, zeros past the depth; results `to_ld` apart. group_sums: of each
+// row's values group by group of a packed weight, where that has offsets.
 template <class C>
 struct FewRows {
   const C* x;
   int64_t ld, depth;
+  const float* group_sums;
   float* to;
   int64_t to_ld;
 };
@@ -42,9 +45,13 @@ inline void by_rows(const FewRows<C>& few, const Rows& weight, int64_t n0, int64
     vf sums[kDots][ROWS];
     for (auto& of_row : sums)
       for (vf& sum : of_row) sum = zero();
+    // rows are too short for the processor's own prefetching to be of use: the next ones, into the second
+    // cache
+    const int64_t ahead = kDots * weight.row;
     for (int64_t i = 0; i < whole; i += kUnits)
 #pragma GCC unroll 4
       for (int d = 0; d < kDots; ++d) {
+        __builtin_prefetch(rows[d] + i + ahead, 0, 2);
         const auto lanes = dense_lanes<C>(rows[d] + i);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
@@ -101,7 +108,7 @@ inline void by_lines(const FewRows<X>& few, const PackedWeight& w, int64_t block
   const uint8_t* line = w.codes + block * w.lines * kLineBytes;
   int64_t input = 0;
   for (int64_t group = 0; group < w.groups; ++group) {
-    const int64_t begin = input, end = w.groups == 1 ? few.depth : least(input + w.group_size, few.depth);
+    const int64_t end = w.groups == 1 ? few.depth : least(input + w.group_size, few.depth);
     vf part[BLOCKS][kRowVectors][ROWS];
     for (auto& of_block : part)
       for (auto& of_vector : of_block)
@@ -110,13 +117,11 @@ inline void by_lines(const FewRows<X>& few, const PackedWeight& w, int64_t block
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 4
-        for (int v = 0; v < kRowVectors; ++v)
-          product.add(part[b][v], load_words(line + b * w.lines * kLineBytes + v * W * 4), few.x + input,
-                      few.ld);
-    float total[ROWS] = {};
-    for (int r = 0; w.offsets && r < ROWS; ++r)
-      for (int64_t i = begin; i < end; i += W)
-        total[r] += sum(load_n(few.x + r * few.ld + i, static_cast<int>(least(W, end - i))));
+        for (int v = 0; v < kRowVectors; ++v) {
+          const uint8_t* at = line + b * w.lines * kLineBytes + v * W * 4;
+          if (v == 0) __builtin_prefetch(at + kBytesAhead, 0, 2);
+          product.add(part[b][v], load_words(at), few.x + input, few.ld);
+        }
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
       const RowValues scale = scales_of(w, block + b, group);
@@ -127,7 +132,8 @@ inline void by_lines(const FewRows<X>& few, const PackedWeight& w, int64_t block
       if (!w.offsets) continue;
       const RowValues offset = offsets_of(w, block + b, group);
       for (int v = 0; v < kRowVectors; ++v)
-        for (int r = 0; r < ROWS; ++r) sums[b][v][r] = fma(offset.v[v], set1(total[r]), sums[b][v][r]);
+        for (int r = 0; r < ROWS; ++r)
+          sums[b][v][r] = fma(offset.v[v], set1(few.group_sums[r * w.groups + group]), sums[b][v][r]);
     }
   }
   for (int b = 0; b < BLOCKS; ++b)
@@ -165,12 +171,27 @@ inline void product_step(const FewRows<X>& few, const Weight<T, X>& weight, int6
 // Rows between the two products, all of them; each expert's are followed by kFewRows more that may be read.
 template <class C>
 struct Between {
+  const PackedWeight& weight;  // that they meet, if it is packed
   C* data;
+  float* sums;  // (rows, groups), see FewRows
   int64_t depth, ld;
 
-  explicit Between(int64_t d) : data(nullptr), depth(d), ld(round_up(d, kRowUnit)) {}
+  Between(const ExpertWeight& w, int64_t d)
+      : weight(w.packed), data(nullptr), sums(nullptr), depth(d), ld(round_up(d, kRowUnit)) {}
   int64_t elements(int64_t rows) const { return (rows + kFewRows) * ld; }
+  int64_t groups() const { return weight.offsets ? weight.groups : 0; }
   C* at(int64_t row) const { return data + row * ld; }
+
+  void add_up(int64_t row) const {
+    for (int64_t group = 0; group < groups(); ++group) {
+      const int64_t begin = group * weight.group_size;
+      const int64_t end = weight.groups == 1 ? depth : least(begin + weight.group_size, depth);
+      vf total = zero();
+      for (int64_t i = begin; i < end; i += W)
+        total = add(total, load_n(at(row) + i, static_cast<int>(least(W, end - i))));
+      sums[row * groups() + group] = sum(total);
+    }
+  }
 };
 
 // to (rows, n_out) = rows of x times the weights of their experts; neighbouring outputs to one thread.
@@ -180,7 +201,8 @@ inline void few_products(const MoeCall& call, const Between<C>& x, const Weight<
   const int64_t steps = (weight.n_out + kStep - 1) / kStep, all = n_active * steps;
   for (int64_t i = all * team.id / team.size; i < all * (team.id + 1) / team.size; ++i) {
     const int64_t e = active[i / steps], row = call.starts[e], rows = call.starts[e + 1] - row;
-    const FewRows<C> few{x.at(row), x.ld, x.depth, to + row * weight.n_out, weight.n_out};
+    const FewRows<C> few{x.at(row),   x.ld, x.depth, x.sums + row * x.groups(), to + row * weight.n_out,
+                         weight.n_out};
     if (rows == 1)
       product_step<T, C, 1>(few, weight, e, i % steps * kStep);
     else if (rows == 2)
@@ -194,36 +216,31 @@ inline void few_products(const MoeCall& call, const Between<C>& x, const Weight<
 
 template <class T, class C, Gate GATE>
 inline void gate_row(const MoeCall& call, const float* sums, int64_t e, int64_t row, const Between<C>& a) {
-  const float* bias = call.up_bias ? call.up_bias + e * 2 * call.width : nullptr;
-  T* z = call.z ? static_cast<T*>(call.z) + row * 2 * call.width : nullptr;
+  const float* bias = call.up_bias ? call.up_bias + e * lines_of(call) : nullptr;
+  T* z = call.z ? static_cast<T*>(call.z) + row * lines_of(call) : nullptr;
   const T* update = update_of<T>(call, row);
   for (int64_t i = 0; i < call.width; i += W) {
     const int some = static_cast<int>(least(W, call.width - i));
-    GateAndUp pair = load_pair(sums, i, call.width, some, call.interleaved);
-    if (bias) {
-      const GateAndUp b = load_pair(bias, i, call.width, some, call.interleaved);
-      pair = {add(pair.gate, b.gate), add(pair.up, b.up)};
-    }
-    if (update) {
-      const GateAndUp u = load_pair(update, i, call.width, some, call.interleaved);
-      pair = {add(pair.gate, u.gate), add(pair.up, u.up)};
-    }
-    if (z) store_pair(z, i, call.width, some, call.interleaved, pair.gate, pair.up);
+    GateAndUp pair = load_pair(sums, i, call.width, some, call.layout);
+    if (bias) pair = plus_pair(pair, bias, i, call.width, some, call.layout);
+    if (update) pair = plus_pair(pair, update, i, call.width, some, call.layout);
+    if (z) store_pair(z, i, call.width, some, call.layout, pair.gate, pair.up);
     store_n(a.at(row) + i, gated<GATE>(pair.gate, pair.up, call.alpha, call.limit).a, some);
   }
   fill_zero(a.at(row) + a.depth, a.ld - a.depth);
+  a.add_up(row);
 }
 
 // C: what rows are kept as
 template <class T, class C>
 bool few_rows(const MoeCall& call) {
   const int64_t rows = call.starts[call.experts];
-  const Weight<T, C> up{call.up, call.experts, 2 * call.width, call.features, call.transposed};
+  const Weight<T, C> up{call.up, call.experts, lines_of(call), call.features, call.transposed};
   const Weight<T, C> down{call.down, call.experts, call.features, call.width, call.transposed};
   const double weights = 3.0 * static_cast<double>(least(rows, call.experts)) *
                          static_cast<double>(call.features) * static_cast<double>(call.width);
   const int threads = weights < kSerialWeights ? 1 : call.threads;
-  Between<C> x(call.features), a(call.width);
+  Between<C> x(call.up, call.features), a(call.down, call.width);
   float *sums = nullptr, *out = nullptr;
   int64_t* active = nullptr;
   int32_t* row_of = nullptr;
@@ -233,7 +250,9 @@ bool few_rows(const MoeCall& call) {
     row_of = arena.take<int32_t>(call.tokens * call.slots);
     x.data = arena.take<C>(x.elements(rows));
     a.data = arena.take<C>(a.elements(rows));
-    sums = arena.take<float>(rows * 2 * call.width);
+    x.sums = arena.take<float>(rows * x.groups());
+    a.sums = arena.take<float>(rows * a.groups());
+    sums = arena.take<float>(rows * lines_of(call));
     out = arena.take<float>(rows * call.features);
     return arena.at - base;
   };
@@ -244,9 +263,11 @@ bool few_rows(const MoeCall& call) {
   int64_t n_active = 0;
   for (int64_t e = 0; e < call.experts; ++e) {
     if (call.starts[e + 1] > call.starts[e]) active[n_active++] = e;
-    for (int64_t r = call.starts[e]; r < call.starts[e + 1]; ++r)
+    for (int64_t r = call.starts[e]; r < call.starts[e + 1]; ++r) {
       gather_row<T>(x.at(r), call.x, token_of(call, r), 0, static_cast<int>(call.features),
                     static_cast<int>(x.ld), call.scale_input ? gate_of(call, r) : 1.0f);
+      x.add_up(r);
+    }
   }
   run_team(threads, [&](const Team& team) {
     few_products(call, x, up, sums, active, n_active, team);
@@ -254,7 +275,7 @@ bool few_rows(const MoeCall& call) {
     for (int64_t i = team.id; i < n_active; i += team.size)
       for (int64_t r = call.starts[active[i]]; r < call.starts[active[i] + 1]; ++r)
         by_gate(call.gate, [&](auto gate) {
-          gate_row<T, C, decltype(gate)::value>(call, sums + r * 2 * call.width, active[i], r, a);
+          gate_row<T, C, decltype(gate)::value>(call, sums + r * lines_of(call), active[i], r, a);
         });
     team.barrier();
     few_products(call, a, down, out, active, n_active, team);

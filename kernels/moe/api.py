@@ -11,11 +11,11 @@ from tilewright import choose
 from tilewright.ops.common.packed import ROWS, PackedWeight
 from tilewright.ops.common.packed_check import expect_whole
 from tilewright.ops.moe import op
-from tilewright.ops.moe.problem import Operands, Packing, Problem
+from tilewright.ops.moe.problem import ALONE, GATED, Operands, Packing, Problem
 from tilewright.shapes import expect_device, expect_dtype, expect_shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
+ACTIVATIONS = (*GATED, *ALONE)
 NAME = "moe_mlp"
 
 
@@ -70,9 +70,11 @@ def moe_mlp(
     gate_up_lora   ExpertsLora: W1[e] + scale b[e] a[e] takes the place of W1[e], and is not built;
                    a (E R, H) and b (2 I, R E), or (E, R, H) and (E, 2 I, R), of any dtype below
     down_lora      the same for W2, with I inputs and H outputs; the ranks may differ
-    activation     "swiglu" (silu), "geglu" (gelu), "geglu_tanh" (gelu with tanh), or
-                   "clamped_swiglu": gate sigmoid(alpha gate) (up + 1), the gate at most `limit`
-                   and up between -limit and limit, as in GPT-OSS
+    activation     "swiglu" (silu), "geglu" (gelu), "geglu_tanh" (gelu with tanh), "reglu" (relu),
+                   or "clamped_swiglu": gate sigmoid(alpha gate) (up + 1), the gate at most `limit`
+                   and up between -limit and limit, as in GPT-OSS; or without a gate, where I
+                   stands for 2 I and a = act(W1[e] x[t] + b1[e]): "silu", "gelu", "gelu_tanh",
+                   "relu"
     alpha, limit   of clamped_swiglu
     interleaved    rows of gate_up alternate: gate 0, up 0, gate 1, up 1, ..
     transposed     gate_up is (E, H, 2 I) and down (E, I, H)
@@ -127,11 +129,16 @@ def _describe(
         raise ValueError(
             f"{NAME}: alpha is {alpha} and limit {limit}, need finite numbers, limit above 0"
         )
+    if activation in ALONE and interleaved:
+        raise ValueError(f"{NAME}: interleaved is for experts with a gate, activation {activation}")
+    per_width = 1 if activation in ALONE else 2
     features = x.shape[-1]
     x2, ids, gates = _check_route(x, ids, gates)
-    experts, width = _check_weights(x2, gate_up, down, gate_up_bias, down_bias, transposed)
+    experts, width = _check_weights(
+        x2, gate_up, down, gate_up_bias, down_bias, transposed, per_width
+    )
     up_a, up_b, up_scale = _check_update(
-        x2, "gate_up_lora", gate_up_lora, experts, features, 2 * width
+        x2, "gate_up_lora", gate_up_lora, experts, features, per_width * width
     )
     down_a, down_b, down_scale = _check_update(x2, "down_lora", down_lora, experts, width, features)
     up, of_down = (), ()
@@ -197,8 +204,10 @@ def _check_route(x, ids, gates):
     return x.reshape(n_tokens, x.shape[-1]), ids.reshape(shape), gates.reshape(shape)
 
 
-def _check_weights(x, gate_up, down, gate_up_bias, down_bias, transposed) -> tuple[int, int]:
-    """E and I."""
+def _check_weights(
+    x, gate_up, down, gate_up_bias, down_bias, transposed, per_width
+) -> tuple[int, int]:
+    """E and I; gate_up has per_width I rows."""
     features = x.shape[1]
     packed = [isinstance(w, PackedWeight) for w in (gate_up, down)]
     if any(packed):
@@ -207,22 +216,27 @@ def _check_weights(x, gate_up, down, gate_up_bias, down_bias, transposed) -> tup
             raise ValueError(f"{NAME}: {which} is dense beside a packed weight, need both packed")
         if transposed:
             raise ValueError(f"{NAME}: transposed is for dense weights, got packed ones")
-        return _check_packed(x, gate_up, down, gate_up_bias, down_bias)
+        return _check_packed(x, gate_up, down, gate_up_bias, down_bias, per_width)
     expect_dtype(NAME, DTYPES, x=x, gate_up=gate_up, down=down)
-    axes = ("E", "H", "2 I"), ("E", "I", "H")
+    lines = _lines(per_width)
+    axes = ("E", "H", lines), ("E", "I", "H")
     if not transposed:
-        axes = ("E", "2 I", "H"), ("E", "H", "I")
+        axes = ("E", lines, "H"), ("E", "H", "I")
     size = expect_shapes(NAME, x=(x, "TH"), gate_up=(gate_up, axes[0]), down=(down, axes[1]))
-    if size["2 I"] != 2 * size["I"]:
+    if size[lines] != per_width * size["I"]:
         raise ValueError(
             f"{NAME}: gate_up has shape {tuple(gate_up.shape)}, "
-            f"need 2 I = {2 * size['I']}, I = {size['I']} as in down"
+            f"need {lines} = {per_width * size['I']}, I = {size['I']} as in down"
         )
-    _check_biases(size["E"], size["I"], features, gate_up_bias, down_bias)
+    _check_biases(size["E"], size[lines], features, gate_up_bias, down_bias)
     return size["E"], size["I"]
 
 
-def _check_packed(x, gate_up, down, gate_up_bias, down_bias) -> tuple[int, int]:
+def _lines(per_width: int) -> str:
+    return "I" if per_width == 1 else "2 I"
+
+
+def _check_packed(x, gate_up, down, gate_up_bias, down_bias, per_width) -> tuple[int, int]:
     features = x.shape[1]
     for argument, w in (("gate_up", gate_up), ("down", down)):
         expect_whole(NAME, argument, w, x)
@@ -235,12 +249,13 @@ def _check_packed(x, gate_up, down, gate_up_bias, down_bias) -> tuple[int, int]:
             f"need (E H, I) with H and I multiples of {ROWS}"
         )
     experts = rows // features
-    if gate_up.shape != (experts * 2 * width, features):
+    if gate_up.shape != (experts * per_width * width, features):
         raise ValueError(
             f"{NAME}: gate_up is packed as {gate_up.shape}, "
-            f"need {(experts * 2 * width, features)}: (E 2 I, H) as in down and x"
+            f"need {(experts * per_width * width, features)}: (E {_lines(per_width)}, H) as in "
+            "down and x"
         )
-    _check_biases(experts, width, features, gate_up_bias, down_bias)
+    _check_biases(experts, per_width * width, features, gate_up_bias, down_bias)
     return experts, width
 
 
@@ -271,9 +286,9 @@ def _check_update(x, name, update, experts, n_in, n_out):
     return a, b, float(scale)
 
 
-def _check_biases(experts, width, features, gate_up_bias, down_bias) -> None:
+def _check_biases(experts, lines, features, gate_up_bias, down_bias) -> None:
     for argument, t, need in (
-        ("gate_up_bias", gate_up_bias, (experts, 2 * width)),
+        ("gate_up_bias", gate_up_bias, (experts, lines)),
         ("down_bias", down_bias, (experts, features)),
     ):
         if t is not None and t.shape != need:

@@ -8,10 +8,7 @@ from tilewright.native import native
 from tilewright.ops.common.cpu import NAMES, why_not_on_cpu
 from tilewright.ops.common.packed import PackedWeight
 from tilewright.ops.common.packed_cpu import native_packed
-from tilewright.ops.moe.low_rank import LoopedProducts
 from tilewright.ops.moe.problem import DENSE, Operands, Problem
-
-grouped, outer = LoopedProducts.grouped, LoopedProducts.outer
 
 NO_ROWS = (0, 0)
 
@@ -80,7 +77,7 @@ def forward(x, gates, order, starts, keeps, o: Operands, p: Problem, z_update=No
     """y (T, H) and z (T K, 2 I), which is empty unless `keeps`; z_update (T K, 2 I), contiguous, is
     added to z before the activation."""
     y = x.new_empty(p.tokens, p.features)
-    z = x.new_empty(order.numel() if keeps else 0, 2 * p.width)
+    z = x.new_empty(order.numel() if keeps else 0, p.lines)
     z[int(starts[-1]) :] = 0  # of slots that go nowhere
     held = _Held(x, gates, order, starts, z_update, z if keeps else None, o, p)
     native().moe_forward(_rows(y), *held.arguments(p))
@@ -112,3 +109,42 @@ def backward(
     return tuple(
         x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
     )
+
+
+def grouped(rows, index, weight, starts) -> torch.Tensor:
+    """(R, N): row r, or row index[r], of `rows` times weight[e]^T for the rows r of each expert e,
+    weight (E, N, M); 0 for those of none."""
+    experts, n_out, n_in = weight.shape
+    n_rows = rows.shape[0] if index is None else index.numel()
+    out = rows.new_empty(n_rows, n_out)
+    out[int(starts[-1]) :] = 0
+    rows = _in_rows(rows)
+    is_transposed = weight.stride(-1) != 1 and weight.stride(-2) == 1
+    if not is_transposed and weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    along = weight.mT if is_transposed else weight
+    native().moe_grouped(
+        NAMES[rows.dtype], (experts, n_out, n_in, n_rows), starts.data_ptr(), _indexed(rows, index),
+        (along.data_ptr(), along.stride(0), along.stride(1)), is_transposed, _rows(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def outer(left, left_index, right, right_index, starts) -> torch.Tensor:
+    """(E, M, N): the sum of left^T right over the rows of each expert."""
+    left, right = _in_rows(left), _in_rows(right)
+    experts, n_left, n_right = starts.numel() - 1, left.shape[1], right.shape[1]
+    n_rows = left.shape[0] if left_index is None else left_index.numel()
+    out = left.new_empty(experts, n_left, n_right)
+    native().moe_outer(
+        NAMES[left.dtype], (experts, n_left, n_right, n_rows), starts.data_ptr(),
+        _indexed(left, left_index), _indexed(right, right_index), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _indexed(rows: torch.Tensor, index: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """index (R,) int32, contiguous, or None."""
+    return *_rows(rows), rows.shape[0], _address(index)

@@ -8,11 +8,9 @@ dz back; what is left are products of rows with narrow matrices, by its `grouped
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
-from tilewright.ops.moe.problem import Operands, Problem
+from tilewright.ops.moe.problem import ALONE, Operands, Problem
 
 
 def has_update(p: Problem) -> bool:
@@ -103,17 +101,23 @@ def _down_gradients(implementation, back, dy, x, gates, z, order, starts, o, p, 
 
 def gated(z: torch.Tensor, p: Problem) -> torch.Tensor:
     """a (rows, I) in z's dtype from z (rows, 2 I)."""
+    if p.activation in ALONE:
+        return _act(z.float(), p).to(z.dtype)
     gate, up = (z[:, 0::2], z[:, 1::2]) if p.interleaved else z.chunk(2, dim=1)
     gate, up = gate.float(), up.float()
     if p.activation == "clamped_swiglu":
         gate, up = gate.clamp(max=p.limit), up.clamp(-p.limit, p.limit)
         return (gate * torch.sigmoid(p.alpha * gate) * (up + 1)).to(z.dtype)
-    if p.activation == "swiglu":
-        act = torch.nn.functional.silu(gate)
-    else:
-        kind = "tanh" if p.activation == "geglu_tanh" else "none"
-        act = torch.nn.functional.gelu(gate, approximate=kind)
-    return (act * up).to(z.dtype)
+    return (_act(gate, p) * up).to(z.dtype)
+
+
+def _act(gate: torch.Tensor, p: Problem) -> torch.Tensor:
+    if p.activation in ("swiglu", "silu"):
+        return torch.nn.functional.silu(gate)
+    if p.activation in ("reglu", "relu"):
+        return gate.clamp(min=0)
+    kind = "tanh" if p.activation.endswith("_tanh") else "none"
+    return torch.nn.functional.gelu(gate, approximate=kind)
 
 
 def _up_low(implementation, x, gates, order, starts, o, p):
@@ -158,37 +162,3 @@ def _to_slots(values, order, starts, p: Problem) -> torch.Tensor:
     """(T, K) of a value for each row, 0 where a slot goes nowhere."""
     row_of, inside = _row_of_slot(order, starts, p)
     return torch.where(inside, values[row_of], 0)
-
-
-class LoopedProducts:
-    """`grouped` and `outer` expert by expert in torch, for implementations on a CPU."""
-
-    @staticmethod
-    def grouped(rows, index, weight, starts) -> torch.Tensor:
-        """(R, N): row r, or row index[r], of `rows` times weight[e]^T, weight (E, N, M), for the
-        rows of each expert e; 0 for those of none."""
-        n_rows = rows.shape[0] if index is None else index.numel()
-        out = rows.new_zeros(n_rows, weight.shape[1])
-        for e, begin, end in _spans(starts):
-            some = rows[begin:end] if index is None else rows[index[begin:end]]
-            torch.mm(some, weight[e].mT, out=out[begin:end])
-        return out
-
-    @staticmethod
-    def outer(left, left_index, right, right_index, starts) -> torch.Tensor:
-        """(E, M, N): the sum of left^T right over the rows of each expert."""
-        out = left.new_zeros(starts.numel() - 1, left.shape[1], right.shape[1])
-        for e, begin, end in _spans(starts):
-            pair = []
-            for t, index in ((left, left_index), (right, right_index)):
-                pair.append(t[begin:end] if index is None else t[index[begin:end]])
-            torch.mm(pair[0].mT, pair[1], out=out[e])
-        return out
-
-
-def _spans(starts):
-    """(expert, first row, end) of the experts that have rows."""
-    edges = starts.tolist()
-    for e, (begin, end) in enumerate(itertools.pairwise(edges)):
-        if end > begin:
-            yield e, begin, end

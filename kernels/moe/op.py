@@ -95,7 +95,7 @@ class _ReferenceImplementation:
             weights = [o.gate_up, o.down]
         else:
             packed = p.packed_gate_up(o), p.packed_down(o)
-            shapes = (p.experts, 2 * p.width, p.features), (p.experts, p.features, p.width)
+            shapes = (p.experts, p.lines, p.features), (p.experts, p.features, p.width)
             weights = [decode(w).view(s) for w, s in zip(packed, shapes, strict=True)]
         return [*weights, *o[2:TRAINABLE]]
 
@@ -116,7 +116,7 @@ class _ReferenceImplementation:
     def forward(cls, x, gates, order, starts, keeps, o, p):
         ids = cls._ids(order, starts, p)
         y = cls._call(x, ids, gates, cls._weights(p, o), cls._rule(p))
-        shape = (order.numel(), 2 * p.width) if keeps else (0, 2 * p.width)
+        shape = (order.numel() if keeps else 0, p.lines)
         return y.to(x.dtype), x.new_zeros(shape)
 
     @classmethod
@@ -184,7 +184,7 @@ def _(x, ids, gates, keeps, *r):
     rows = ids.shape[0] * ids.shape[1]
     return (
         x.new_empty(x.shape),
-        x.new_empty(rows if keeps else 0, 2 * p.width),
+        x.new_empty(rows if keeps else 0, p.lines),
         ids.new_empty(rows, dtype=torch.int32),
         ids.new_empty(p.experts + 1, dtype=torch.int64),
     )

@@ -1,6 +1,7 @@
 """What a call of moe_mlp is about, and its tensors under one roof.
 
-Axes: T tokens, K slots of a token, E experts, H features of a token, I width of an expert. A slot
+Axes: T tokens, K slots of a token, E experts, H features of a token, I width of an expert; where
+2 I stands, it is I for an expert without a gate. A slot
 (t, k) that goes to an expert is a row; rows stand expert by expert, in the order of their slots.
 """
 
@@ -13,6 +14,8 @@ import torch
 from tilewright.ops.common.packed import NestedScales, PackedWeight
 
 DENSE = "dense"
+GATED = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "reglu")
+ALONE = ("silu", "gelu", "gelu_tanh", "relu")  # without a gate: the I rows of gate_up are all
 
 
 class Operands(NamedTuple):
@@ -63,7 +66,7 @@ class Packing(NamedTuple):
 class Problem(NamedTuple):
     """A call without its tensors: what decides who can run it, and how.
 
-    activation    "swiglu", "geglu", "geglu_tanh" or "clamped_swiglu"
+    activation    one of GATED or ALONE
     alpha, limit  of clamped_swiglu
     interleaved   gate and up alternate in the rows of gate_up, else all gates come first
     transposed    both weights have their axes after E exchanged
@@ -90,9 +93,14 @@ class Problem(NamedTuple):
     up_scale: float | None = None
     down_scale: float | None = None
 
+    @property
+    def lines(self) -> int:
+        """Rows of an expert's gate_up, 2 I or without a gate I."""
+        return self.width if self.activation in ALONE else 2 * self.width
+
     def packed_gate_up(self, o: Operands) -> PackedWeight:
         """The packed weight again, from its tensors."""
-        n_out = self.experts * 2 * self.width
+        n_out = self.experts * self.lines
         return _packed(self.up, n_out, self.features, self.dtype, *o[8:13])
 
     def packed_down(self, o: Operands) -> PackedWeight:

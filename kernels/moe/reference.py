@@ -4,7 +4,16 @@ import torch
 
 
 def gated(z, activation, interleaved=False, alpha=0.0, limit=0.0):
-    """a (R, I) from z (R, 2 I): the activation of the gate's half times the other half."""
+    """a (R, I) from z (R, 2 I): the activation of the gate's half times the other half; or from
+    z (R, I) alone."""
+    if activation == "silu":
+        return z * torch.sigmoid(z)
+    if activation == "gelu":
+        return 0.5 * z * (1 + torch.erf(z / 2**0.5))
+    if activation == "gelu_tanh":
+        return 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    if activation == "relu":
+        return z.clamp(min=0)
     gate, up = (z[:, 0::2], z[:, 1::2]) if interleaved else z.chunk(2, dim=1)
     if activation == "swiglu":
         return gate * torch.sigmoid(gate) * up
@@ -13,6 +22,8 @@ def gated(z, activation, interleaved=False, alpha=0.0, limit=0.0):
     if activation == "geglu_tanh":
         inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
         return 0.5 * gate * (1 + torch.tanh(inner)) * up
+    if activation == "reglu":
+        return gate.clamp(min=0) * up
     if activation == "clamped_swiglu":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)

@@ -15,7 +15,7 @@ from tilewright.ops.common.triton_launch import (
     words_of,
 )
 from tilewright.ops.moe import triton_config as config
-from tilewright.ops.moe.problem import DENSE, Operands, Problem
+from tilewright.ops.moe.problem import ALONE, DENSE, Operands, Problem
 from tilewright.ops.moe.triton_experts import (
     moe_gated_backward_kernel,
     moe_product_kernel,
@@ -36,6 +36,8 @@ def why_not(p: Problem) -> str | None:
     reason = why_not_triton(p.device, p.dtype)
     if reason is not None:
         return reason
+    if p.activation in ALONE or p.activation == "reglu":
+        return f"its kernels have no {p.activation}"
     for packing, n_in in ((p.up, p.features), (p.down, p.width)):
         if packing.format != DENSE and packing.group_size % 8 and packing.group_size < n_in:
             return f"group_size is {packing.group_size}, the kernel needs a multiple of 8"
