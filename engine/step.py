@@ -134,14 +134,19 @@ def _why_not(model: nn.Module, causal: Any) -> str | None:
     why_not_rope = rotary.why_not_class(attention)
     if why_not_rope is not None:
         return f"rotary positions: {why_not_rope}"
+    if together.sees_every_module():
+        return "there are hooks on every module"
     for module in causal.modules():
         if is_hooked(module):
             return f"a {type(module).__name__} has hooks"
     for one in causal.model.layers:
         if _stock_class(one) is not layer or _stock_class(one.mlp) is not mlp:
             return f"a layer is a {type(one).__name__} with {type(one.mlp).__name__}"
-        if _stock_class(one.self_attn) is not attention or not hasattr(one.self_attn, SETTINGS):
+        settings = getattr(one.self_attn, SETTINGS, None)
+        if _stock_class(one.self_attn) is not attention or settings is None:
             return "its attention is not accelerated"
+        if settings.stays_stock is not None:
+            return f"its attention stays stock: {settings.stays_stock}"
         window = getattr(causal.config, "sliding_window", None)
         if getattr(one.self_attn, "sliding_window", window) is not None:
             return "its attention has a window"

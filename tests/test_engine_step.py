@@ -200,6 +200,27 @@ def test_other_models_go_through_their_forward(reason):
     assert torch.equal(found, expected) and stepper._recorded is None
 
 
+def test_a_hook_on_every_module_is_called():
+    model = made("llama")
+    called = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: called.append(type(module).__name__)
+    )
+    try:
+        stepper = Stepper(model, new_cache(model.config))
+        walk(stepper, n=2)
+    finally:
+        handle.remove()
+    assert "hooks on every module" in stepper.why_not
+    assert called.count("LlamaDecoderLayer") == 3 * BASE["num_hidden_layers"]
+
+
+def test_attention_that_stays_stock_is_left_to_it():
+    model = made("llama")
+    model.model.layers[1].self_attn._tilewright_attention.stays_stock = "a reason"
+    assert "a reason" in Stepper(model, new_cache(model.config)).why_not
+
+
 def test_what_cannot_be_recorded_is_found_while_recording():
     torch.manual_seed(1)
     config = hf.LlamaConfig(**BASE, hidden_act="relu")
