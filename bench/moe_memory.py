@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ MODES = ("fwd", "fwd+bwd")
 
 def peak_mib(case_name: str, variant_name: str, mode: str) -> float | None:
     """In bfloat16, less the output or the gradients that all variants return."""
-    case, variant = bench_moe.CASES[case_name], bench_moe.VARIANTS[variant_name]
+    case: dict[str, Any] = bench_moe.CASES[case_name]
+    variant = bench_moe.VARIANTS[variant_name]
     inputs = bench_moe.make_inputs(case, torch.bfloat16, "cpu")
     trained = case.get("gradients", bench_moe.GRADIENTS) if mode == "fwd+bwd" else ()
     for name in trained:
