@@ -240,7 +240,7 @@ void decode(const std::string& dtype, const py::tuple& q, const py::tuple& k, co
   tw::make_or_record([call] { expect_memory(tw::attention_decode(call), "flash_decode"); });
 }
 
-// pages as in decode; the lengths are checked here, and again by nobody
+// pages as in decode
 void append(const py::tuple& k, const py::tuple& v, const py::tuple& k_cache, const py::tuple& v_cache,
             const py::tuple& extents, int64_t itemsize, int64_t page_table, const py::tuple& pages,
             int64_t key_lengths) {

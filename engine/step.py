@@ -250,10 +250,10 @@ class _Recorded:
         (y,) = self._linear(out.view(self.batch, 1, -1), attention.o_proj)
         return y
 
-    def _normed(self, norm: Any, x: torch.Tensor, residual: torch.Tensor | None = None):
+    def _normed(self, norm, x: torch.Tensor, residual: torch.Tensor | None = None):
         if not isinstance(norm, norms.RmsForm):
             raise CannotRecord(f"its {type(norm).__name__} is not accelerated")
-        weight = vars(norm)["_parameters"]["weight"]
+        weight = norm.weight
         if weight.dtype != x.dtype:
             raise CannotRecord(f"a norm's weight is {weight.dtype} where x is {x.dtype}")
         if residual is None:

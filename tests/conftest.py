@@ -126,6 +126,17 @@ def clean_memory(poisoned_memory):
     poisoned_memory.undo()
 
 
+@pytest.fixture
+def ahead_of_time(clean_memory):
+    """For tests that compile kernels and read the code: nothing is computed, so fresh memory need
+    not be poisoned, nor touched. Skipped where a tool is missing that the wheels bring."""
+    from triton_ahead_of_time import missing_tool
+
+    reason = missing_tool()
+    if reason is not None:
+        pytest.skip(reason)
+
+
 TARGET_FIXTURES = ("impl", "impl_once", "kernel", "kernel_once")
 
 

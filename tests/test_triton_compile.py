@@ -17,12 +17,12 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import BOX_ELEMENTS, SHARED_BYTES, compiled, missing_tool, source_of
+from triton_ahead_of_time import BOX_ELEMENTS, CAPABILITIES, SHARED_BYTES, compiled, source_of
 
 from tilewright.ops.attention import triton_gpu
 from tilewright.ops.attention.problem import ShiftedSegments
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 TOKENS, HEADS, PROCESSORS = 8192, 4, 132
 # their time is that of memory, and they multiply no matrices
 WITHOUT_PRODUCTS = ("attention_row_terms_kernel", "attention_combine_kernel", "live_range_kernel")
@@ -125,14 +125,6 @@ def expect_good_code(launches, target, folder, table, head_dim):
         )
         wrong += [f"{short} {head_dim} {feature}: {fault}" for fault in faults(code, name, target)]
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned, nor touched."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.mark.slow

@@ -13,19 +13,11 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import compiled, missing_tool, source_of
+from triton_ahead_of_time import CAPABILITIES, compiled, source_of
 
 from tilewright.ops.decode import triton_gpu
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned, nor touched."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 
 
 def wide(*shape):

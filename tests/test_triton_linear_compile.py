@@ -16,13 +16,13 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import SHARED_BYTES, compiled, missing_tool, source_of
+from triton_ahead_of_time import CAPABILITIES, SHARED_BYTES, compiled, source_of
 
 from tilewright.ops.common.packed import ROWS, inputs_of_a_line
 from tilewright.ops.linear import triton_gpu
 from tilewright.ops.linear.problem import Operands, Problem
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 BFLOAT16 = torch.bfloat16
 # kernels that multiply no matrices: their time is that of memory
 WITHOUT_PRODUCTS = (
@@ -66,14 +66,6 @@ def registers_table():
     ]
     yield lines
     print("", *lines, sep="\n")
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned, nor touched."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def described(case: Case, dtype):

@@ -15,13 +15,13 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import SHARED_BYTES, compiled, missing_tool, source_of
+from triton_ahead_of_time import CAPABILITIES, SHARED_BYTES, compiled, source_of
 
 from tilewright.ops.common.packed import ROWS, inputs_of_a_line
 from tilewright.ops.moe import triton_gpu
 from tilewright.ops.moe.problem import DENSE, Operands, Packing, Problem
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 # Mixtral-like and fine-grained experts, GPT-OSS's layout, few rows
 MIXTRAL = dict(tokens=8192, slots=2, experts=8, features=4096, width=14336)
 FINE = dict(tokens=8192, slots=8, experts=128, features=2048, width=768)
@@ -38,14 +38,6 @@ CASES = {
     "int4": {**MIXTRAL, "up": Packing("int4", 128), "down": Packing("int4", 128)},
 }
 WITHOUT_PRODUCTS = ("moe_combine_kernel", "moe_gate_gradient_kernel")
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned, nor touched."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def launches_of(case: dict, capability, dtype=torch.bfloat16, bias=False, trained=True) -> list:

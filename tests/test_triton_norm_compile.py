@@ -13,21 +13,13 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import compiled, missing_tool, source_of
+from triton_ahead_of_time import CAPABILITIES, compiled, source_of
 
 from tilewright.ops.norm import triton_gpu
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 BFLOAT16 = torch.bfloat16
 WIDTHS = (128, 4096, 8192, 16384, 50000)  # of heads, of models, the widest in registers, wider
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned, nor touched."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def norms(kind, width, residual=False, n_rows=64, dtype=BFLOAT16):

@@ -13,20 +13,12 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import compiled, missing_tool, source_of
+from triton_ahead_of_time import CAPABILITIES, compiled, source_of
 
 from tilewright.ops.optim import triton_gpu
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned, nor touched."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def adamw(dtype=F32, n=8192, ages=False, places=None, master=False, bits=32, scaled=True,

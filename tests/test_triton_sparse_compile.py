@@ -15,7 +15,7 @@ if settings.triton_is_interpreted():
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_ahead_of_time import SHARED_BYTES, compiled, missing_tool, source_of
+from triton_ahead_of_time import CAPABILITIES, SHARED_BYTES, compiled, source_of
 
 from tilewright.ops.common.packed import ROWS, inputs_of_a_line
 from tilewright.ops.common.sparse_delta import WeightDelta
@@ -23,19 +23,11 @@ from tilewright.ops.linear import triton_delta_launch, triton_gpu
 from tilewright.ops.linear.problem import Operands, Problem
 from tilewright.ops.sparse import triton_gpu as search
 
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+pytestmark = pytest.mark.usefixtures("ahead_of_time")
 SIZE = 512  # of a layer whose tensors are real: kernels know no sizes but what 16 divides
 # those that know no delta are in test_triton_linear_compile.py
 NO_DELTA = ("linear_narrow_kernel", "linear_sum_splits_kernel")
 MULTIPLY = ("sampled_tiles", "sparse_tiles", "linear_forward_kernel", "linear_dx")
-
-
-@pytest.fixture(autouse=True)
-def _needs_tools(clean_memory):
-    """Nothing here is computed, so fresh memory need not be poisoned."""
-    reason = missing_tool()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def delta_of(n: int) -> WeightDelta:

@@ -25,6 +25,7 @@ DTYPE_NAMES = {
     torch.int32: "i32", torch.int64: "i64", torch.int16: "i16", torch.int8: "i8",
     torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
+CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0)}  # that kernels are compiled for
 # how SASS names what we count: local memory (spills), tensor cores, bulk and asynchronous copies
 COUNTED = ("STL", "LDL", "HGMMA", "IGMMA", "HMMA", "IMMA", "UTMALDG", "LDGSTS", "MUFU")
 # bytes of shared memory that one block can be given; 8.0 stands for 8.6, 8.9 and 12.0 too, which

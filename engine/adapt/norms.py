@@ -22,6 +22,7 @@ LLAMA, GEMMA = "llama", "gemma"  # castings of rms_norm
 class RmsForm:
     """What the forms of RMSNorm share: `options` are those of rms_norm."""
 
+    weight: torch.Tensor  # of the class that the form is mixed into
     EPS = "variance_epsilon"
     CASTING = LLAMA
     OFFSET = 0.0
